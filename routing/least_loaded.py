@@ -1,0 +1,197 @@
+"""LeastLoaded: when a rank has more rows than its share, some of its experts visit ranks that have fewer.
+
+Rows can be split at will, so a peak of ceil(rows / ranks) is always within reach; the art is to reach it with few
+visits, because a visit moves a whole expert. Only overloaded ranks export. They give their biggest experts first, to
+the receiver whose room fits best, copies that already live elsewhere before any visit.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placement import Placement
+from routing.assigner import at_home
+from routing.assignment import Assignment
+
+
+class Worth(Protocol):
+    def __call__(self, relief: int, visits: Sequence[tuple[int, int]]) -> bool:
+        """relief: rows that a proposal takes off the busiest rank. visits: (lender, borrower) of each. Does it pay?"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreakEven:
+    """A proposal pays if the rows it takes off the busiest rank exceed the rows that could be computed while it moves.
+
+    rows: what one visit costs. Moving an expert of P parameters of b bytes takes P*b / bandwidth seconds, computing a
+    row takes 2P / flops, so one visit costs m* = b * flops / (2 * bandwidth) rows, whatever the expert's size.
+    (Training moves its gradient too, and computes three times as much: about the same.) In bf16 at 700 TFLOP/s that is
+    1750 rows over 400 GB/s and 14000 over 50 GB/s. Ranks move at once, so the one with most visits counts.
+    """
+
+    rows: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.rows >= 0:
+            raise ValueError(f"a visit cannot cost {self.rows} rows; use rows >= 0")
+
+    @classmethod
+    def of(cls, *, flops: float, bandwidth: float, bytes_per_weight: int = 2) -> Self:
+        """flops: of a rank's matmuls, per second. bandwidth: of its link, in bytes per second."""
+        return cls(rows=bytes_per_weight * flops / (2 * bandwidth))
+
+    def __call__(self, relief: int, visits: Sequence[tuple[int, int]]) -> bool:
+        visits_R = Counter(rank for visit in visits for rank in visit)
+        return relief > self.rows * max(visits_R.values(), default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeastLoaded:
+    """No rank computes more than ceil(headroom * rows / ranks) + min_chunk rows, unless the plan is not worth it.
+
+    headroom: how far above the mean a rank may stay, >= 1; more headroom, fewer visits. min_chunk: a visit brings at
+    least this many rows, or all that an expert has; an excess below it stays at home. node_R: the node of each rank, to
+    borrow within the lender's node first; empty means one node. worth: whether a plan pays for its visits; by default
+    they are taken to be free, so tell it your machine with BreakEven.of(...).
+    """
+
+    headroom: float = 1.05
+    min_chunk: int = 1
+    node_R: tuple[int, ...] = ()
+    worth: Worth = BreakEven()
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.headroom < math.inf:
+            raise ValueError(f"headroom={self.headroom}; it is a multiple of the mean load: use headroom >= 1")
+        if self.min_chunk < 1:
+            raise ValueError(f"min_chunk={self.min_chunk}; a visit brings at least 1 row")
+        object.__setattr__(self, "node_R", tuple(int(node) for node in self.node_R))
+
+    def capacity(self, num_rows: int, ranks: int) -> int:
+        return math.ceil(self.headroom * num_rows / ranks)
+
+    def __call__(self, count_RE: NDArray[np.int64], placement: Placement) -> Assignment:
+        ranks = len(count_RE)
+        if self.node_R and len(self.node_R) != ranks:
+            raise ValueError(f"node_R names the nodes of {len(self.node_R)} ranks, but the group has {ranks}")
+        load_E, home_E = count_RE.sum(axis=0), placement.home_E
+        home_R = np.bincount(home_E, load_E, minlength=ranks).astype(np.int64).tolist()
+        capacity, peak = self.capacity(sum(home_R), ranks), max(home_R)
+        if ranks == 1 or peak - capacity < self.min_chunk:
+            return at_home(count_RE, load_E, placement)
+        spill = _Spill([capacity - rows for rows in home_R], self.node_R or (0,) * ranks, self.min_chunk)
+        moves = spill.moves(load_E, placement)
+        visits = {(expert, lender, borrower) for expert, lender, borrower, _ in moves}
+        visits = {visit for visit in visits if not placement.held_RE[visit[2], visit[0]]}
+        if not self.worth(peak - capacity + min(spill.room_R), [(lender, borrower) for _, lender, borrower in visits]):
+            return at_home(count_RE, load_E, placement)
+        quota_RE = np.zeros_like(count_RE)
+        quota_RE[home_E, np.arange(len(home_E))] = load_E
+        for expert, lender, borrower, rows in moves:
+            quota_RE[lender, expert] -= rows
+            quota_RE[borrower, expert] += rows
+        return Assignment(count_RE=count_RE, quota_RE=quota_RE)
+
+
+class _Spill:
+    """Rows leaving overloaded ranks, in plain lists: at 64 ranks and 256 experts numpy's call overhead would dominate.
+
+    room_R: rows a rank can still take, negative where it has too many. rooms_of: for each node, (room, rank) of the
+    ranks that can still take a chunk, ascending. total_of: their rooms together.
+    """
+
+    def __init__(self, room_R: list[int], node_R: Sequence[int], chunk: int) -> None:
+        self.room_R, self.node_R, self.chunk = room_R, node_R, chunk
+        self.rooms_of: dict[int, list[tuple[int, int]]] = {node: [] for node in sorted(set(node_R))}
+        for room, rank in sorted(zip(room_R, range(len(room_R)))):
+            if room >= chunk:
+                self.rooms_of[node_R[rank]].append((room, rank))
+        self.total_of = {node: sum(room for room, _ in rooms) for node, rooms in self.rooms_of.items()}
+
+    def moves(self, load_E: NDArray[np.int64], placement: Placement) -> list[tuple[int, int, int, int]]:
+        """-> (expert, lender, borrower, rows). Leaves no rank with a chunk more than its capacity."""
+        moves = []
+        copied = placement.slots > placement.num_experts
+        loads = load_E.tolist()
+        for lender in sorted(range(len(self.room_R)), key=self.room_R.__getitem__):
+            excess = -self.room_R[lender]
+            if excess < self.chunk:
+                break
+            rows_of = {expert: loads[expert] for expert in placement.homed_R[lender]}
+            if copied:
+                for expert, borrower, rows in self._to_copies(rows_of, excess, lender, placement):
+                    moves.append((expert, lender, borrower, rows))
+                    rows_of[expert] -= rows
+                    excess -= rows
+            for expert in sorted(rows_of, key=rows_of.__getitem__, reverse=True):
+                if excess < self.chunk:
+                    break
+                rest = min(rows_of[expert], excess)
+                excess -= rest
+                while rest:
+                    borrower, rows = self._receiver(lender, rest)
+                    moves.append((expert, lender, borrower, rows))
+                    self._take(borrower, rows)
+                    rest -= rows
+            self.room_R[lender] = -excess
+        return moves
+
+    def _to_copies(
+        self, rows_of: dict[int, int], excess: int, lender: int, placement: Placement
+    ) -> Iterator[tuple[int, int, int]]:
+        """Rows that need no visit, because the rank that takes them holds a copy. -> (expert, borrower, rows)"""
+        for expert, load in list(rows_of.items()):
+            for rank in np.flatnonzero(placement.held_RE[:, expert]).tolist():
+                rows = min(excess, load, self.room_R[rank])
+                if rank != lender and rows > 0:
+                    self._take(rank, rows)
+                    load, excess = load - rows, excess - rows  # noqa: PLW2901
+                    yield expert, rank, rows
+
+    def _receiver(self, lender: int, rows: int) -> tuple[int, int]:
+        """Who takes how many of these rows: the lender's node first, then the node with most room, then anybody."""
+        home = self.node_R[lender]
+        found = self._best_fit((home,), rows)
+        if found is None and len(self.rooms_of) > 1:
+            away = [node for node in self.rooms_of if node != home]
+            found = self._best_fit((max(away, key=self.total_of.__getitem__),), rows) or self._best_fit(away, rows)
+        if found is None:  # Only crumbs are left. The biggest takes a chunk too many; that is what min_chunk allows.
+            rank = max(range(len(self.room_R)), key=self.room_R.__getitem__)
+            found = rank, rows if rows <= self.room_R[rank] + self.chunk else self.chunk
+        return found
+
+    def _best_fit(self, nodes: Sequence[int], rows: int) -> tuple[int, int] | None:
+        """The smallest room that takes all rows; else the largest, if what it takes is worth a visit."""
+        fit, largest = None, (0, -1)
+        for node in nodes:
+            rooms = self.rooms_of[node]
+            if rooms and rooms[-1][0] >= rows:
+                candidate = rooms[bisect_left(rooms, (rows, -1))]
+                fit = min(fit, candidate) if fit else candidate
+            elif rooms:
+                largest = max(largest, rooms[-1])
+        if fit is not None:
+            return fit[1], rows
+        room, rank = largest
+        if room < self.chunk:
+            return None
+        return rank, rows if rows - room < self.chunk else room
+
+    def _take(self, rank: int, rows: int) -> None:
+        node, room = self.node_R[rank], self.room_R[rank]
+        rooms = self.rooms_of[node]
+        if room >= self.chunk:
+            rooms.pop(bisect_left(rooms, (room, rank)))
+            self.total_of[node] -= room
+        self.room_R[rank] = room = room - rows
+        if room >= self.chunk:
+            insort(rooms, (room, rank))
+            self.total_of[node] += room

@@ -1,0 +1,34 @@
+"""From the router's logits to scores: how much each token wants each expert. Always in fp32 or better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Score(Protocol):
+    def __call__(self, logit_TE: Tensor) -> Tensor:
+        """logit_TE -> score_TE"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softmax:
+    """The experts of a token compete: its scores sum to 1."""
+
+    def __call__(self, logit_TE: Tensor) -> Tensor:
+        return logit_TE.to(at_least_fp32(logit_TE.dtype)).softmax(dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid:
+    """Each expert is scored alone, between 0 and 1."""
+
+    def __call__(self, logit_TE: Tensor) -> Tensor:
+        return logit_TE.to(at_least_fp32(logit_TE.dtype)).sigmoid()
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,76 @@
+"""Selectors: from priced scores to rows. They choose and do not weigh, so nothing here has a gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Which token goes to which expert. top_k: as in Choice."""
+
+    token_N: Tensor
+    expert_N: Tensor
+    top_k: int | None
+
+
+class Select(Protocol):
+    def __call__(self, priced_TE: Tensor, top_k: int) -> Rows:
+        """priced_TE, the scores less the prices -> rows"""
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raise ValueError if this selector cannot choose top_k of num_experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """Each token takes its top_k best experts.
+
+    groups > 1 limits a token to the experts of its `keep` best groups, a group being num_experts / groups neighbours. A
+    group is worth its best expert ("max") or its two best together ("top2sum").
+    """
+
+    groups: int = 1
+    keep: int = 1
+    worth: Literal["max", "top2sum"] = "max"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.keep <= self.groups:
+            raise ValueError(f"TopK keeps {self.keep} of {self.groups} groups; use 1 <= keep <= groups")
+        if self.worth not in ("max", "top2sum"):
+            raise ValueError(f"TopK cannot value a group by {self.worth!r}; use 'max' or 'top2sum'")
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} of {num_experts} experts; use 1 <= top_k <= num_experts")
+        if num_experts % self.groups:
+            raise ValueError(f"{num_experts} experts do not divide into {self.groups} groups")
+        if top_k > (reach := self.keep * num_experts // self.groups):
+            raise ValueError(f"top_k={top_k}, but {self.keep} of {self.groups} groups hold only {reach} experts")
+
+    def __call__(self, priced_TE: Tensor, top_k: int) -> Rows:
+        if self.keep < self.groups:
+            priced_TE = self._keep_best_groups(priced_TE)
+        expert_TK = priced_TE.topk(top_k, dim=-1).indices
+        return token_major(expert_TK)
+
+    def _keep_best_groups(self, priced_TE: Tensor) -> Tensor:
+        """-inf outside the best groups. (Zero would win against negative priced scores.)"""
+        priced_TGE = rearrange(priced_TE, "t (g e) -> t g e", g=self.groups)
+        best = min(2 if self.worth == "top2sum" else 1, priced_TGE.shape[-1])
+        worth_TG = priced_TGE.topk(best, dim=-1).values.sum(dim=-1)
+        out_TG = torch.ones_like(worth_TG, dtype=torch.bool)
+        out_TG.scatter_(1, worth_TG.topk(self.keep, dim=-1).indices, False)
+        out_TE = repeat(out_TG, "t g -> t (g e)", e=priced_TGE.shape[-1])
+        return priced_TE.masked_fill(out_TE, float("-inf"))
+
+
+def token_major(expert_TK: Tensor) -> Rows:
+    """expert_TK as rows, K for each token, in token order."""
+    num_tokens, top_k = expert_TK.shape
+    token_N = repeat(torch.arange(num_tokens, device=expert_TK.device), "t -> (t k)", k=top_k)
+    return Rows(token_N, rearrange(expert_TK, "t k -> (t k)"), top_k)
