@@ -1,0 +1,41 @@
+# make demo: the main job on four CPU processes. make test: what CI runs. make check: under a minute, before each commit.
+PYTHON ?= python3.11
+PIP_FLAGS ?= --disable-pip-version-check --quiet
+VENV := .venv
+RUN := OMP_NUM_THREADS=1 $(VENV)/bin
+
+.PHONY: demo test check format bench clean
+.DEFAULT_GOAL := check
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; install it, or name another from 3.11 on: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null || { echo "make: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install $(notdir $(PYTHON))-venv"; exit 1; }
+	@echo "installing into $(VENV) (once; torch is a large download)"
+	@$(VENV)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/ready
+	@$(RUN)/torchrun --standalone --nproc-per-node 4 scripts/demo.py
+
+test: $(VENV)/ready
+	@$(RUN)/ruff format --check .
+	@$(RUN)/ruff check .
+	@$(RUN)/mypy
+	@$(RUN)/python -m pytest
+
+check: $(VENV)/ready
+	@$(RUN)/ruff format --check .
+	@$(RUN)/ruff check .
+	@$(RUN)/mypy
+	@$(RUN)/python -m pytest -m fast
+
+format: $(VENV)/ready
+	@$(RUN)/ruff format .
+	@$(RUN)/ruff check --fix .
+
+bench: $(VENV)/ready
+	@for bench in planner experts layer; do $(RUN)/python -m scripts.bench.$$bench || exit 1; done
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

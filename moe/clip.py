@@ -1,0 +1,71 @@
+"""The norm of all gradients of a model whose experts are spread over ranks, each expert counted once.
+
+torch's own clip_grad_norm_ sees only the experts of its rank, so every rank would clip by another norm, and parameters
+that ought to be alike would drift apart.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe.comm import Peers, max_over, sum_over
+from moe.layer import MoE
+
+
+def grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
+    """The norm over every parameter's gradient, the same on every rank. Every rank of every layer's group must call.
+
+    Gradients of parameters outside the experts must already be the same on every rank, as DDP leaves them.
+    """
+    if not norm_type > 0:
+        raise ValueError(f"norm_type={norm_type}; use a number > 0, or inf")
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    of_experts = {id(weight) for layer in layers for weight in layer.experts.parameters()}
+    replicated = [p.grad for p in model.parameters() if id(p) not in of_experts and p.grad is not None]
+    total = _power(replicated, norm_type, _device(model))
+    by_group: dict[int, tuple[Peers, list[Tensor]]] = {}
+    for layer in layers:
+        by_group.setdefault(id(layer.peers.group), (layer.peers, []))[1].extend(_home_grads(layer))
+    for peers, grads in by_group.values():
+        part = _power(grads, norm_type, total.device)
+        (max_over if norm_type == torch.inf else sum_over)([part], peers)
+        total = torch.maximum(total, part) if norm_type == torch.inf else total + part
+    return total if norm_type == torch.inf else total ** (1.0 / norm_type)
+
+
+def clip_grad_norm(
+    model: nn.Module, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Scale all gradients so that their norm is at most max_norm. -> the norm before. See `grad_norm`."""
+    norm = grad_norm(model, norm_type)
+    if error_if_nonfinite and not torch.isfinite(norm):
+        raise RuntimeError(f"the gradient norm is {norm.item()}; pass error_if_nonfinite=False to clip regardless")
+    shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(shrink.to(parameter.grad.device, parameter.grad.dtype))
+    return norm
+
+
+def _home_grads(layer: MoE) -> list[Tensor]:
+    """The gradients of the experts that this rank homes; another rank counts the copies."""
+    home_E, rank = layer.placement.home_E, layer.peers.rank
+    grads = [weight.grad for weight in layer.experts.parameters() if weight.grad is not None]
+    slots = [slot for slot, expert in enumerate(layer.experts.expert_ids) if home_E[expert] == rank]
+    if len(slots) == len(layer.experts.expert_ids):
+        return grads
+    return [grad[slot] for grad in grads for slot in slots]
+
+
+def _power(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """sum |g| ** p, in float64; for p = inf the largest |g|."""
+    norms = [torch.linalg.vector_norm(grad, norm_type).to(device, torch.float64) for grad in grads if grad.numel()]
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norm = torch.stack(norms)
+    return norm.max() if norm_type == torch.inf else (norm**norm_type).sum()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,54 @@
+"""exchange: rows to the ranks that need them. The one way in which tokens, weights and gradients travel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe.comm.group import Peers
+
+
+def exchange(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: Peers) -> Tensor:
+    """The first send_R[0] rows go to rank 0, the next send_R[1] to rank 1, ...; recv_R[r] rows come from rank r.
+
+    row_ND: [sum(send_R), ...] -> [sum(recv_R), ...], in the order of the ranks they come from. Any type; floating types
+    are differentiable. Zero rows are a legal size, and every rank must call.
+    """
+    if len(row_ND) != sum(send_R):
+        raise ValueError(f"{len(row_ND)} rows, but send_R={list(send_R)} sends {sum(send_R)}")
+    if not row_ND.is_floating_point() or not torch.is_grad_enabled():
+        return _swap(row_ND, send_R, recv_R, peers)
+    row_MD: Tensor = _Exchange.apply(row_ND, send_R, recv_R, peers)  # type: ignore[no-untyped-call]
+    return row_MD
+
+
+class _Exchange(torch.autograd.Function):
+    """forward:   y = P x      P permutes the rows of all ranks together
+    backward:  dx = P^T dy  the same all-to-all with its splits swapped
+    """
+
+    @staticmethod
+    def forward(ctx: Any, row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: Peers) -> Tensor:
+        ctx.send_R, ctx.recv_R, ctx.peers = send_R, recv_R, peers
+        return _swap(row_ND, send_R, recv_R, peers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, drow_MD: Tensor) -> tuple[Tensor, None, None, None]:
+        return _swap(drow_MD, ctx.recv_R, ctx.send_R, ctx.peers), None, None, None
+
+
+def _swap(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: Peers) -> Tensor:
+    if peers.group is None:
+        return row_ND.clone()
+    row_MD = row_ND.new_empty(sum(recv_R), *row_ND.shape[1:])
+    source, target = row_ND.contiguous(), row_MD
+    if source.is_floating_point() and source.element_size() == 1:  # no backend reduces fp8, but all carry bytes
+        source, target = source.view(torch.uint8), target.view(torch.uint8)
+    dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group)
+    return row_MD

@@ -1,0 +1,91 @@
+"""Peers: the ranks that share one set of experts, and the small collectives they run besides `exchange`."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+Group: TypeAlias = dist.ProcessGroup | DeviceMesh | None
+
+
+@dataclass(frozen=True, eq=False)
+class Peers:
+    """A process group and this process's place in it. No group means this process alone, and no collectives.
+
+    Copying a module copies its weights; its peers stay the same, so copies share this object.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, group: Group) -> Self:
+        """group: a process group, a one-dimensional DeviceMesh, or None for this process alone."""
+        if group is None:
+            return cls(group=None, rank=0, size=1)
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(f"an expert-parallel mesh has one dimension; got {group}: slice it, as in mesh['ep']")
+            group = group.get_group()
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise ValueError(f"rank {dist.get_rank()} is not in the group it was given; give each rank its own group")
+        return cls(group=group, rank=rank, size=dist.get_world_size(group))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+def gather_counts(count_E: Tensor, peers: Peers) -> NDArray[np.int64]:
+    """Every rank's row of whole numbers, on every host: the one host synchronisation of a layer. -> [ranks, ...]"""
+    if peers.group is None:
+        count_RE = count_E[None]
+    else:
+        count_RE = count_E.new_empty(peers.size, len(count_E))
+        dist.all_gather(list(count_RE.unbind(0)), count_E.contiguous(), group=peers.group)
+    table: NDArray[np.int64] = count_RE.cpu().numpy()
+    return table
+
+
+def sum_over(tensors: Sequence[Tensor], peers: Peers) -> None:
+    """Add up each tensor over the ranks, in place, in one message for each type and device."""
+    _reduce(tensors, peers, dist.ReduceOp.SUM)
+
+
+def max_over(tensors: Sequence[Tensor], peers: Peers) -> None:
+    """The largest of each number over the ranks, in place, in one message for each type and device."""
+    _reduce(tensors, peers, dist.ReduceOp.MAX)
+
+
+def _reduce(tensors: Sequence[Tensor], peers: Peers, operation: dist.ReduceOp.RedOpType) -> None:
+    if peers.group is None:
+        return
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for some in alike.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in some])
+        dist.all_reduce(flat, op=operation, group=peers.group)
+        for tensor, part in zip(some, torch.split(flat, [tensor.numel() for tensor in some])):
+            tensor.copy_(part.view_as(tensor))
+
+
+def nodes_of(group: Group) -> tuple[int, ...]:
+    """The node of each rank, by host name, numbered as they appear: `LeastLoaded(node_R=nodes_of(group))`."""
+    peers = Peers.of(group)
+    hosts: list[str | None] = [socket.gethostname()]
+    if peers.group is not None:
+        hosts = [None] * peers.size
+        dist.all_gather_object(hosts, socket.gethostname(), group=peers.group)
+    number = {host: node for node, host in enumerate(dict.fromkeys(hosts))}
+    return tuple(number[host] for host in hosts)
