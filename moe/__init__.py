@@ -6,10 +6,11 @@ from moe.config import MoEConfig
 from moe.data_parallel import average_expert_grads, expert_parameters, leave_experts_alone
 from moe.experts import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
 from moe.layer import MoE
+from moe.parity import assert_ep_parity
 from moe.reference import reference
 
 __all__ = [
     "GELU", "Experts", "Fastest", "Grouped", "Loop", "MoE", "MoEConfig", "ReLU2", "SwiGLU", "World", "WorldError",
-    "average_expert_grads", "clip_grad_norm", "expert_parameters", "grad_norm", "leave_experts_alone", "nodes_of",
-    "reference",
+    "assert_ep_parity", "average_expert_grads", "clip_grad_norm", "expert_parameters", "grad_norm",
+    "leave_experts_alone", "nodes_of", "reference",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
 Group: TypeAlias = dist.ProcessGroup | DeviceMesh | None
 
 
@@ -82,10 +83,15 @@ def _reduce(tensors: Sequence[Tensor], peers: Peers, operation: dist.ReduceOp.Re
 
 def nodes_of(group: Group) -> tuple[int, ...]:
     """The node of each rank, by host name, numbered as they appear: `LeastLoaded(node_R=nodes_of(group))`."""
-    peers = Peers.of(group)
-    hosts: list[str | None] = [socket.gethostname()]
-    if peers.group is not None:
-        hosts = [None] * peers.size
-        dist.all_gather_object(hosts, socket.gethostname(), group=peers.group)
+    hosts = gather_objects(socket.gethostname(), Peers.of(group))
     number = {host: node for node, host in enumerate(dict.fromkeys(hosts))}
     return tuple(number[host] for host in hosts)
+
+
+def gather_objects(value: T, peers: Peers) -> list[T]:
+    """Every rank's value, by rank. Pickled, so for set-up and tests, not for steps."""
+    if peers.group is None:
+        return [value]
+    values: list[T | None] = [None] * peers.size
+    dist.all_gather_object(values, value, group=peers.group)
+    return cast(list[T], values)

@@ -131,3 +131,8 @@ def _serve(pipe: Connection, rank: int, ranks: int, store: str, timeout: timedel
             except Exception:
                 answer = (False, traceback.format_exc())
             pipe.send_bytes(pickle.dumps(answer))
+
+
+def world_group() -> dist.ProcessGroup | None:
+    """The group of all ranks, None where there is none."""
+    return dist.group.WORLD if dist.is_initialized() else None

@@ -1,0 +1,151 @@
+"""Under activation checkpointing a decision is made once, counted once, and repeated to the row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from moe import MoE, MoEConfig, World
+from moe.comm import world_group
+from routing import Choice, LeastLoaded
+
+KINDS = ["none", "reentrant", "non-reentrant", "nested", "selective"]
+
+
+def save_top_k(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = op in (torch.ops.aten.topk.default, torch.ops.aten.mm.default)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def run(kind: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if kind == "none":
+        return function(x)
+    if kind == "nested":
+        inner = partial(checkpoint, function, use_reentrant=False)
+        return checkpoint(inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+    if kind == "selective":
+        contexts = partial(create_selective_checkpoint_contexts, save_top_k)
+        return checkpoint(function, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+    return checkpoint(function, x, use_reentrant=kind == "reentrant")  # type: ignore[no-any-return]
+
+
+class Unsteady(nn.Module):
+    """Two calls of one layer, with a user's own top-k between them. Its input is a little different in every call, as
+    if from a kernel that is not deterministic: a router that decided twice would decide differently."""
+
+    def __init__(self, layer: MoE) -> None:
+        super().__init__()
+        self.layer, self.calls = layer, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(self.calls), dtype=x.dtype)
+        y = self.layer(x + 0.5 * noise)
+        largest = y.topk(2, dim=-1).values.sum()
+        return self.layer(y + 0.01 * largest)  # type: ignore[no-any-return]
+
+
+def build() -> tuple[MoE, list[Choice], list[Choice]]:
+    """The layer, the choices its observers heard of, and all that its router made."""
+    torch.manual_seed(0)
+    settings = MoEConfig(dim=8, hidden=8, num_experts=8, top_k=2, assigner=LeastLoaded(headroom=1.0))
+    layer = MoE(settings, world_group(), dtype=torch.float64)
+    observed: list[Choice] = []
+    made: list[Choice] = []
+    layer.observe(lambda choice, assignment: observed.append(choice))
+    layer.router.register_forward_hook(lambda module, inputs, choice: made.append(choice))
+    return layer, observed, made
+
+
+def decisions(kind: str, micro_batches: int, backwards: str) -> tuple[list[Any], list[Any], list[int]]:
+    layer, observed, made = build()
+    model = Unsteady(layer)
+    xs = [torch.randn(12, 8, dtype=torch.float64, requires_grad=True) for _ in range(micro_batches)]
+    losses = [run(kind, model, x).square().sum() for x in xs]
+    if backwards == "together":
+        torch.stack(losses).sum().backward()
+    else:
+        for loss in losses if backwards == "first first" else reversed(losses):
+            loss.backward()
+    heard = [choice.expert_N.tolist() for choice in observed]
+    return heard, [choice.expert_N.tolist() for choice in made], [int(choice.load_E.sum()) for choice in observed]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backwards", ["first first", "last first", "together"])
+def test_a_recomputation_repeats_the_choices_of_its_own_forward(kind: str, backwards: str) -> None:
+    heard, made, load = decisions(kind, 3, backwards)
+    assert len(heard) == 3 * 2, "counted once a call"
+    assert load == [24] * 6
+    again = made[6:]
+    assert len(again) >= (0 if kind == "none" else 6)
+    order = {"first first": [0, 1, 2], "last first": [2, 1, 0], "together": [2, 1, 0]}[backwards]
+    want = [choice for batch in order for choice in (heard[2 * batch], heard[2 * batch + 1])]
+    if kind != "nested":  # which recomputes more than once
+        assert again == want[: len(again)]
+    assert all(choice in heard for choice in again)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_recompute_together_without_deciding_again(world: Callable[[int], World], kind: str) -> None:
+    for heard, made, load in world(3).run(decisions, kind, 2, "last first"):
+        assert len(heard) == 4
+        assert load == [24] * 4
+        assert all(choice in heard for choice in made)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_gradients_under_recomputation_are_those_without(kind: str) -> None:
+    """A top-k of the user's own between two layers must not be handed a saved top-k of the router's."""
+    grads = []
+    for each in ("none", kind):
+        layer, _, _ = build()
+
+        def twice(x: Tensor, layer: MoE = layer) -> Tensor:
+            y = layer(x)
+            return layer(y * y.topk(2, dim=-1).values.sum(dim=-1, keepdim=True))  # type: ignore[no-any-return]
+
+        x = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+        run(each, twice, x).square().sum().backward()  # type: ignore[no-untyped-call]
+        grads.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for plain, again in zip(*grads):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.fast
+def test_a_decision_is_forgotten_with_its_graph() -> None:
+    import gc
+    import weakref
+
+    layer, observed, made = build()
+    x = torch.randn(12, 8, dtype=torch.float64, requires_grad=True)
+    y = run("non-reentrant", layer, x)
+    kept = weakref.ref(observed[0].expert_N)
+    observed.clear()
+    made.clear()
+    assert kept() is not None
+    del y
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.fast
+def test_a_second_backward_replays_from_the_start() -> None:
+    layer, observed, made = build()
+    x = torch.randn(12, 8, dtype=torch.float64, requires_grad=True)
+    loss = run("non-reentrant", Unsteady(layer), x).square().sum()
+    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert [choice.expert_N.tolist() for choice in made] == [choice.expert_N.tolist() for choice in observed] * 3

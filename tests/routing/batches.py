@@ -1,0 +1,111 @@
+"""Batches, drawn and made: what each rank routed to each expert, and where the experts live. And the settings of laws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from placement import Placement
+
+# Laws must not depend on the machine: the same examples everywhere, and no clock decides.
+LAW = settings(
+    derandomize=True, deadline=None, database=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+class Batch(NamedTuple):
+    count_RE: NDArray[np.int64]
+    placement: Placement
+
+    @property
+    def load_E(self) -> NDArray[np.int64]:
+        load_E: NDArray[np.int64] = self.count_RE.sum(axis=0)
+        return load_E
+
+    @property
+    def home_R(self) -> NDArray[np.int64]:
+        """Rows that each rank would compute if every row stayed at its expert's home."""
+        home_R = np.zeros(len(self.count_RE), dtype=np.int64)
+        np.add.at(home_R, self.placement.home_E, self.load_E)
+        return home_R
+
+
+def placed(held_RE: NDArray[np.bool_]) -> Placement:
+    """The placement in which each rank holds these experts."""
+    slots = max(int(held_RE.sum(axis=1).max()), 1)
+    expert_RS = np.full((len(held_RE), slots), -1, dtype=np.int64)
+    for rank, held_E in enumerate(held_RE):
+        experts = np.flatnonzero(held_E)
+        expert_RS[rank, : len(experts)] = experts
+    return Placement(expert_RS=expert_RS)
+
+
+def at_homes(home_E: Sequence[int], ranks: int, copies: Sequence[tuple[int, int]] = ()) -> Placement:
+    """Experts with these homes, and more copies at (rank, expert); a copy on an earlier rank becomes the home."""
+    held_RE = np.zeros((ranks, len(home_E)), dtype=np.bool_)
+    held_RE[list(home_E), range(len(home_E))] = True
+    for rank, expert in copies:
+        held_RE[rank, expert] = True
+    return placed(held_RE)
+
+
+def contiguous(num_experts: int, ranks: int) -> Placement:
+    """Blocks of neighbours, as even as can be."""
+    return at_homes([expert * ranks // num_experts for expert in range(num_experts)], ranks)
+
+
+def scattered(load_E: Sequence[int], ranks: int, seed: int) -> NDArray[np.int64]:
+    """Tables with these loads, each expert's rows coming from random ranks, often from few."""
+    rng = np.random.default_rng(seed)
+    concentration = rng.choice([0.1, 1.0, 100.0])
+    rows = [rng.multinomial(load, rng.dirichlet(np.full(ranks, concentration))) for load in load_E]
+    return np.array(rows, dtype=np.int64).reshape(len(load_E), ranks).T.copy()
+
+
+def zipf(
+    num_experts: int, ranks: int, exponent: float, seed: int, *, rows: int = 1000, ragged: bool = False
+) -> NDArray[np.int64]:
+    """A realistic router: Zipf popularity, experts in random order, each rank's tokens with a taste of their own."""
+    rng = np.random.default_rng(seed)
+    share_E = 1.0 / np.arange(1, num_experts + 1) ** exponent
+    share_E = rng.permutation(share_E / share_E.sum())
+    rows_R = [int(rows * rng.uniform(0.7, 1.0)) if ragged else rows for _ in range(ranks)]
+    taste_RE = rng.dirichlet(share_E * 200.0 * num_experts, size=ranks)
+    return np.stack([rng.multinomial(rows, taste_E) for rows, taste_E in zip(rows_R, taste_RE)]).astype(np.int64)
+
+
+@st.composite
+def placements(draw: st.DrawFn, max_ranks: int = 8, copies: bool = True) -> Placement:
+    """Any placement: uneven ranks, ranks without experts, fewer experts than ranks, copies or not."""
+    ranks = draw(st.integers(1, max_ranks))
+    home_E = draw(st.lists(st.integers(0, ranks - 1), min_size=1, max_size=12))
+    extra = []
+    if copies and draw(st.booleans()):
+        extra = draw(st.lists(st.tuples(st.integers(0, ranks - 1), st.integers(0, len(home_E) - 1)), max_size=8))
+    return at_homes(home_E, ranks, extra)
+
+
+@st.composite
+def batches(draw: st.DrawFn, max_ranks: int = 8, copies: bool = True) -> Batch:
+    """Any placement under any load: small loads with many zeros, or large ones."""
+    placement = draw(placements(max_ranks=max_ranks, copies=copies))
+    most = draw(st.sampled_from([3, 60, 5000]))
+    experts = placement.num_experts
+    load_E = draw(st.lists(st.integers(0, most), min_size=experts, max_size=experts))
+    return Batch(scattered(load_E, placement.ranks, draw(st.integers(0, 2**16))), placement)
+
+
+@st.composite
+def balanced_batches(draw: st.DrawFn, max_ranks: int = 8) -> Batch:
+    """Every rank computes the same number of rows at home, however its experts share them."""
+    ranks, experts = draw(st.integers(1, max_ranks)), draw(st.integers(1, 4))
+    rows, seed = draw(st.integers(0, 500)), draw(st.integers(0, 2**16))
+    rng = np.random.default_rng(seed)
+    load_RE = [rng.multinomial(rows, rng.dirichlet(np.full(experts, 0.5))) for _ in range(ranks)]
+    placement = at_homes([rank for rank in range(ranks) for _ in range(experts)], ranks)
+    return Batch(scattered(np.concatenate(load_RE).tolist(), ranks, seed), placement)

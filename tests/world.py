@@ -1,0 +1,123 @@
+"""What a rank does in distributed tests: run a layer on its tokens, compare with `reference` over everybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moe import MoE, MoEConfig, reference
+from moe.comm import Peers, sum_over
+from placement import Placement
+from routing import Assignment, AtHome
+
+
+class Seen(NamedTuple):
+    """The largest relative error of anything a rank can compare, and what the assigner decided."""
+
+    error: float
+    worst: str
+    load_R: list[int]
+    loans: int
+    most_ranks: int
+    forwards: int
+
+
+def tokens(dim: int, tokens_R: Sequence[int], skew: float, dtype: torch.dtype, seed: int = 1) -> list[Tensor]:
+    """Each rank's tokens; skew pulls them all the same way, so that some experts are hot."""
+    generator = torch.Generator().manual_seed(seed)
+    pull = torch.randn(dim, generator=generator, dtype=torch.float64)
+    return [(torch.randn(n, dim, generator=generator, dtype=torch.float64) + skew * pull).to(dtype) for n in tokens_R]
+
+
+def against_reference(
+    config: MoEConfig,
+    tokens_R: Sequence[int],
+    *,
+    skew: float = 1.0,
+    placement: Placement | None = None,
+    recompute: str = "none",
+    padded: bool = False,
+    group: Any = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 1,
+) -> Seen:
+    """Outputs and every gradient of this rank's layer, compared with the literal loop over everybody's tokens."""
+    group = dist.group.WORLD if group is None else group
+    layer, peers = build(config, group, placement, dtype), Peers.of(group)
+    xs = tokens(config.dim, tokens_R, skew, dtype, seed)
+    generator = torch.Generator().manual_seed(seed + 7)
+    ws = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) for x in xs]
+    valids = [torch.rand(len(x), generator=generator) < 0.7 for x in xs] if padded else [None] * len(xs)
+    seen: list[Assignment] = []
+    layer.observe(lambda choice, assignment: seen.append(assignment))
+
+    x, valid = xs[peers.rank].clone().requires_grad_(), valids[peers.rank]
+    reentrant = recompute == "reentrant"
+    y = layer(x, valid) if recompute == "none" else checkpoint(layer, x, valid, use_reentrant=reentrant)
+    (y * ws[peers.rank]).sum().backward()
+
+    full = build(replace(config, assigner=AtHome()), None, None, dtype)
+    x_all = torch.cat(xs).requires_grad_()
+    y_all = by_the_book(full, x_all, torch.cat(valids) if padded else None)  # type: ignore[arg-type]
+    (y_all * torch.cat(ws)).sum().backward()
+
+    start = sum(len(other) for other in xs[: peers.rank])
+    mine = slice(start, start + len(x))
+    assert x.grad is not None
+    assert x_all.grad is not None
+    pairs = [("y", y.detach(), y_all.detach()[mine]), ("dx", x.grad, x_all.grad[mine])]
+    pairs += _gradients(layer, full, peers)
+    worst, error = max(((name, relative(got, want)) for name, got, want in pairs), key=lambda pair: pair[1])
+    quota_RE = seen[0].quota_RE
+    loans = len(seen[0].loans(layer.placement))
+    return Seen(error, worst, seen[0].load_R.tolist(), loans, int((quota_RE > 0).sum(axis=0).max()), len(seen))
+
+
+def build(config: MoEConfig, group: Any, placement: Placement | None, dtype: torch.dtype) -> MoE:
+    torch.manual_seed(0)
+    return MoE(config, group, placement, dtype=torch.float64).to(dtype)
+
+
+def by_the_book(full: MoE, x_TD: Tensor, valid_T: Tensor | None = None) -> Tensor:
+    """One process's layer, with its experts run by `reference` on gradients of their own parameters."""
+    choice = full.router(x_TD, valid_T)
+    state = {
+        expert: {name: weight[slot] for name, weight in full.experts.named_parameters()}
+        for slot, expert in enumerate(full.experts.expert_ids)
+    }
+    y_TD = reference(x_TD, choice, state, full.config.activation)
+    if full.shared is not None:
+        shared_TD = full.shared(x_TD)
+        y_TD = y_TD + (shared_TD if valid_T is None else shared_TD * valid_T[:, None])
+    return y_TD
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    if want.numel() == 0:
+        return 0.0
+    return ((got - want).abs().max() / want.abs().max().clamp(min=1.0)).item()
+
+
+def _gradients(layer: MoE, full: MoE, peers: Peers) -> list[tuple[str, Tensor, Tensor]]:
+    pairs = []
+    of_experts = {id(weight) for weight in layer.experts.parameters()}
+    whole = dict(full.named_parameters())
+    for name, parameter in layer.named_parameters():
+        if not parameter.numel():  # of a rank without experts
+            continue
+        want = whole[name].grad
+        want = torch.zeros_like(whole[name]) if want is None else want  # the loop touches nothing that got no row
+        assert parameter.grad is not None, f"{name} got no gradient"
+        if id(parameter) in of_experts:
+            pairs.append((name, parameter.grad, want[list(layer.experts.expert_ids)]))
+        else:
+            grad = parameter.grad.clone()
+            sum_over([grad], peers)
+            pairs.append((name, grad, want))
+    return pairs
