@@ -100,8 +100,7 @@ class MoE(nn.Module):
         out_MD = self.experts(row_MD, step.dispatch.rows_A, own, visiting)
         y_TD = step.dispatch.home(out_MD, choice.weight_N)
         if self.shared is not None:
-            shared_TD = self.shared(x_TD)
-            y_TD = y_TD + (shared_TD if valid_T is None else shared_TD.where(valid_T[:, None], 0.0))
+            y_TD = y_TD + self._shared(self.shared, x_TD, valid_T)
         return y_TD.view(x.shape)
 
     def observe(self, fn: Observer) -> RemovableHandle:
@@ -167,6 +166,13 @@ class MoE(nn.Module):
         for fn in tuple(self._observers.values()):
             fn(choice, assignment)
         return x_TD, valid_T, choice, step
+
+    def _shared(self, shared: nn.Module, x_TD: Tensor, valid_T: Tensor | None) -> Tensor:
+        """Padding is masked on both sides: what it holds must reach neither the output nor a weight's gradient."""
+        if valid_T is None:
+            return shared(x_TD)  # type: ignore[no-any-return]
+        real_T1 = valid_T[:, None]
+        return shared(x_TD.where(real_T1, 0.0)).where(real_T1, 0.0)  # type: ignore[no-any-return]
 
     def _choose_again(self, x_TD: Tensor, valid_T: Tensor | None, rows: Rows) -> Choice:
         choice: Choice = self.router(x_TD, valid_T, rows)

@@ -1,4 +1,4 @@
-"""One contract, every implementation. Each test of an implementation runs these on its own batches and on the hard ones."""
+"""One contract, every implementation: its tests run these on the hard batches and on their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches, drawn and made: what each rank routed to each expert, and where the experts live. And the settings of laws."""
+"""Batches, drawn and made: what each rank routed to each expert, where the experts live. And how laws are drawn."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def placements(draw: st.DrawFn, max_ranks: int = 8, copies: bool = True) -> Plac
     ranks = draw(st.integers(1, max_ranks))
     home_E = draw(st.lists(st.integers(0, ranks - 1), min_size=1, max_size=12))
     extra = []
-    if copies and draw(st.booleans()):
+    if copies:
         extra = draw(st.lists(st.tuples(st.integers(0, ranks - 1), st.integers(0, len(home_E) - 1)), max_size=8))
     return at_homes(home_E, ranks, extra)
 
@@ -109,3 +109,20 @@ def balanced_batches(draw: st.DrawFn, max_ranks: int = 8) -> Batch:
     load_RE = [rng.multinomial(rows, rng.dirichlet(np.full(experts, 0.5))) for _ in range(ranks)]
     placement = at_homes([rank for rank in range(ranks) for _ in range(experts)], ranks)
     return Batch(scattered(np.concatenate(load_RE).tolist(), ranks, seed), placement)
+
+
+@st.composite
+def crumbs(draw: st.DrawFn) -> tuple[Batch, int]:
+    """One or two ranks have too many rows, and the others' room for them, at the mean, comes in pieces of hardly a
+    chunk: the hard case of min_chunk. -> the batch, and the chunk"""
+    chunk = draw(st.integers(2, 20))
+    room_R = draw(st.lists(st.integers(0, chunk), min_size=2, max_size=7))
+    given = draw(st.integers(0, sum(room_R)))
+    mean = 100
+    home_R = [mean + given, mean + sum(room_R) - given, *(mean - room for room in room_R)]
+    load_E, home_E = [], []
+    for rank, rows in enumerate(home_R):
+        small = draw(st.integers(0, 2 * chunk))
+        load_E += [rows - small, small]
+        home_E += [rank, rank]
+    return Batch(scattered(load_E, len(home_R), 0), at_homes(home_E, len(home_R))), chunk

@@ -139,7 +139,7 @@ def test_a_table_that_loses_or_invents_rows_is_refused_by_expert_and_both_number
 @given(assignments(), st.data())
 def test_rows_that_only_changed_their_expert_are_refused_too(assignment: Assignment, data: st.DataObject) -> None:
     """The total is right; the law holds expert by expert."""
-    ranks, experts = assignment.count_RE.shape
+    experts = assignment.count_RE.shape[1]
     lost = np.argwhere(assignment.quota_RE > 0).tolist()
     if experts == 1 or not lost:
         return

@@ -1,0 +1,111 @@
+"""Sending rows and bringing results home are each other's transpose, for any choice and any assignment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe import World
+from moe.comm import Peers, visitors
+from moe.dispatch import Dispatch
+from placement import RoundRobin, Topology
+from routing import Assignment, Choice, LeastLoaded
+
+Worlds = Callable[[int], World]
+EXPERTS = 6
+
+
+def random_choice(rank: int, seed: int, top_k: int | None) -> Choice:
+    """A top-k choice with some rows that go nowhere; or, without top_k, any number of rows for each token."""
+    rng = np.random.default_rng([seed, rank])
+    num_tokens = int(rng.integers(0, 9)) * int(rng.random() < 0.8)
+    if top_k is None:
+        token_N = rng.integers(0, max(num_tokens, 1), 3 * num_tokens)
+    else:
+        token_N = np.repeat(np.arange(num_tokens), top_k)
+    hot = rng.random() * 2
+    expert_N = np.minimum(rng.exponential(EXPERTS / (1 + 3 * hot), len(token_N)).astype(np.int64), EXPERTS - 1)
+    expert_N[rng.random(len(token_N)) < 0.2] = -1
+    score_TE = torch.zeros(num_tokens, EXPERTS, dtype=torch.float64)
+    return Choice(
+        token_N=torch.from_numpy(token_N),
+        expert_N=torch.from_numpy(expert_N),
+        weight_N=torch.from_numpy(rng.standard_normal(len(token_N)) * (expert_N >= 0)).requires_grad_(),
+        score_TE=score_TE,
+        logit_TE=score_TE,
+        valid_T=None,
+        top_k=top_k,
+    )
+
+
+def plan(ranks: int, seed: int, top_k: int | None) -> Assignment:
+    count_RE = np.stack([random_choice(rank, seed, top_k).load_E.numpy() for rank in range(ranks)])
+    return LeastLoaded(headroom=1.0)(count_RE, placement(ranks))
+
+
+def placement(ranks: int):  # type: ignore[no-untyped-def]
+    return RoundRobin().place(EXPERTS, Topology.fitting(num_experts=EXPERTS, ranks=ranks, ranks_per_node=ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("top_k", [2, None], ids=["top-k", "any rows"])
+def test_send_and_home_are_adjoint_and_move_what_the_plan_says(world: Worlds, ranks: int, top_k: int | None) -> None:
+    for seed in range(12):
+        sums = np.sum(world(ranks).run(_adjoint, seed, top_k), axis=0)
+        assert sums[0] == pytest.approx(sums[1], rel=1e-12)
+        assert sums[2] == pytest.approx(sums[3], rel=1e-12)
+
+
+def _adjoint(seed: int, top_k: int | None) -> list[float]:
+    """<send x, m> and <x, send* m>; <home o, t> and <o, home* t>. Rows in and out equal the plan."""
+    peers = Peers.of(dist.group.WORLD)
+    choice, assignment = random_choice(peers.rank, seed, top_k), plan(peers.size, seed, top_k)
+    active = [*placement(peers.size).experts_of(peers.rank)]
+    active += visitors(assignment.loans(placement(peers.size)), peers.rank)
+    dispatch = Dispatch.of(choice, assignment, active, peers)
+    flow_RRE = assignment.flow_RRE()
+    others = np.arange(peers.size) != peers.rank
+    assert list(dispatch.send_R) == (flow_RRE[peers.rank].sum(axis=-1) * others).tolist()
+    assert list(dispatch.recv_R) == (flow_RRE[:, peers.rank].sum(axis=-1) * others).tolist()
+    assert list(dispatch.rows_A) == assignment.quota_RE[peers.rank, active].tolist()
+
+    generator = torch.Generator().manual_seed(peers.rank)
+    x, t = (torch.randn(choice.num_tokens, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    o, m = (torch.randn(dispatch.num_rows, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    rows, y = dispatch.send(x.requires_grad_()), dispatch.home(o.requires_grad_(), choice.weight_N)
+    (rows * m).sum().backward()
+    (y * t).sum().backward()
+    assert x.grad is not None
+    assert o.grad is not None
+    return [(a * b).sum().item() for a, b in ((rows, m), (x, x.grad), (y, t), (o, o.grad))]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_each_expert_sees_its_rows_in_the_order_of_ranks_and_tokens(world: Worlds, ranks: int) -> None:
+    """Rows carry (rank, token); an expert's rows arrive sorted by it, whoever computes them, each exactly once."""
+    for seed in range(8):
+        answers = world(ranks).run(_labels, seed)
+        for expert in range(EXPERTS):
+            arrived = [row for answer in answers for row in answer.get(expert, [])]
+            for answer in answers:
+                assert answer.get(expert, []) == sorted(answer.get(expert, []))
+            want = []
+            for rank in range(ranks):
+                choice = random_choice(rank, seed, 2)
+                want += [[rank, t] for t in choice.token_N[choice.expert_N == expert].tolist()]
+            assert sorted(arrived) == sorted(want)
+
+
+def _labels(seed: int) -> dict[int, list[list[int]]]:
+    peers = Peers.of(dist.group.WORLD)
+    choice, assignment = random_choice(peers.rank, seed, 2), plan(peers.size, seed, 2)
+    active = [int(expert) for expert in placement(peers.size).experts_of(peers.rank)]
+    active += visitors(assignment.loans(placement(peers.size)), peers.rank)
+    dispatch = Dispatch.of(choice, assignment, active, peers)
+    x = torch.tensor([[peers.rank, token] for token in range(choice.num_tokens)], dtype=torch.float64).view(-1, 2)
+    parts = torch.split(dispatch.send(x), list(dispatch.rows_A))
+    return {expert: part.long().tolist() for expert, part in zip(active, parts)}

@@ -1,0 +1,50 @@
+"""Every example runs as its first lines say, on one process or under torchrun."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+COMMANDS = [
+    (path.name, line.split())
+    for path in EXAMPLES
+    for line in re.findall(rf"^\s*((?:python|torchrun) \S.*?{path.name})", path.read_text(), re.MULTILINE)
+]
+
+
+def run(command: list[str]) -> str:
+    module = ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, *module, *command[1:]]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_example_says_how_to_run_it() -> None:
+    assert {name for name, _ in COMMANDS} == {path.name for path in EXAMPLES}
+
+
+@pytest.mark.parametrize("name, command", COMMANDS, ids=[" ".join([*command[:1], name]) for name, command in COMMANDS])
+def test_the_example_runs(name: str, command: list[str]) -> None:
+    assert run(command).strip()
+
+
+def test_the_drop_in_example_trains_alike_on_one_process_and_on_four() -> None:
+    alone, together = (run(command) for name, command in COMMANDS if name == "01_drop_in.py")
+    assert alone == together
+
+
+def test_the_demo_proves_what_it_shows(tmp_path: Path) -> None:
+    picture = tmp_path / "demo.png"
+    out = run(f"torchrun --standalone --nproc-per-node 4 scripts/demo.py --tokens 48 --picture {picture}".split())
+    assert "equal the single-process reference" in out
+    assert picture.stat().st_size > 5000
+    assert re.search(r"least-loaded .* 1\.\d\d +\d", out)
