@@ -85,7 +85,7 @@ def _enclosing() -> tuple[list[object], object | None]:
             if isinstance(checkpoint, _CheckpointFrame) and checkpoint not in recording:
                 recording.append(checkpoint)
         elif code.co_name in ("forward", "backward") and code.co_varnames[:1] == ("ctx",):
-            ctx = frame.f_locals["ctx"]
+            ctx = frame.f_locals.get("ctx")
             if isinstance(ctx, FunctionCtx):
                 if code.co_name == "backward":
                     return recording, ctx

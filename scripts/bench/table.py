@@ -1,4 +1,4 @@
-"""How every benchmark measures and prints: candidates in turn, round after round; ratios to the first; machine above."""
+"""How every benchmark measures and prints: candidates in turn, round after round; ratios; the machine above."""
 
 from __future__ import annotations
 

@@ -224,6 +224,41 @@ def _syncs(padded: bool) -> tuple[list[str], int]:
     return counter.syncs, len(gathered)
 
 
+def test_rows_in_and_out_of_every_collective_equal_the_plan(world: Worlds) -> None:
+    for sent, want in world(3).run(_collectives):
+        assert sent == want
+
+
+def _collectives() -> tuple[list[Any], list[Any]]:
+    """(rows sent, rows received) of each all-to-all: tokens and weights out, results home; and back in backward."""
+    layer, x = layer_of(top_k=1), my_tokens(skew=20.0).requires_grad_()
+    plans: list[Any] = []
+    layer.observe(lambda choice, assignment: plans.append(assignment))
+    calls: list[Any] = []
+    real = dist.all_to_all_single
+
+    def logged(out: Tensor, source: Tensor, recv: list[int], send: list[int], group: Any = None) -> None:
+        assert (len(source), len(out)) == (sum(send), sum(recv))
+        calls.append((send, recv))
+        real(out, source, recv, send, group=group)
+
+    dist.all_to_all_single = logged
+    try:
+        layer(x).sum().backward()
+    finally:
+        dist.all_to_all_single = real
+    rank, flow_RR = dist.get_rank(), plans[0].flow_RRE().sum(axis=-1)
+    flow_RR[range(3), range(3)] = 0  # rows that stay are not sent
+    loans = plans[0].loans(layer.placement)
+    lent = [sum(loan.lender == rank and loan.borrower == other for loan in loans) for other in range(3)]
+    borrowed = [sum(loan.borrower == rank and loan.lender == other for loan in loans) for other in range(3)]
+    assert loans
+    tokens_out = (flow_RR[rank].tolist(), flow_RR[:, rank].tolist())
+    forward = [(lent, borrowed), tokens_out, tokens_out[::-1]]
+    backward = [tokens_out, tokens_out[::-1], (borrowed, lent)]
+    return calls, forward + backward
+
+
 def test_ddp_around_experts_trains_like_one_process(world: Worlds) -> None:
     """Three steps of SGD on 4 ranks, in two expert-parallel groups of two, and on one."""
     together, alone = world(4).run(_train), world(1).run(_train)
@@ -341,3 +376,13 @@ def test_an_observer_hears_until_it_is_removed() -> None:
 def test_a_bad_config_is_refused_at_once(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MoEConfig(**({"dim": 6, "hidden": 8, "num_experts": 6, "top_k": 2} | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.fast
+def test_a_compiled_block_may_contain_the_layer() -> None:
+    """The layer itself is left out of the graph; what surrounds it is compiled."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(6, 6), MoE(MoEConfig(dim=6, hidden=8, num_experts=6, top_k=2)), nn.Tanh())
+    compiled = torch.compile(block, backend="eager")
+    x = torch.randn(5, 6)
+    assert torch.equal(compiled(x), block(x))

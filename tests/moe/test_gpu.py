@@ -1,0 +1,51 @@
+"""What only a GPU can show. Skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from moe import MoE, MoEConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch.cuda.is_available() is False"),
+]
+SETTINGS = MoEConfig(dim=64, hidden=128, num_experts=8, top_k=2, shared_hidden=64)
+
+
+def layer_on(device: str, dtype: torch.dtype) -> MoE:
+    torch.manual_seed(0)
+    return MoE(SETTINGS).to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.bfloat16, 3e-2)], ids=str)
+def test_a_gpu_computes_what_a_cpu_does(dtype: torch.dtype, bound: float) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(96, 64, dtype=dtype)
+    results = []
+    for device in ("cpu", "cuda"):
+        layer, mine = layer_on(device, dtype), x.to(device).requires_grad_()
+        y = layer(mine)
+        y.float().square().sum().backward()
+        grads = [mine.grad, *(parameter.grad for parameter in layer.parameters())]
+        results.append([y.detach(), *(grad for grad in grads if grad is not None)])
+    for host, device_ in zip(*results, strict=True):
+        difference = (host.double() - device_.cpu().double()).abs().max()
+        assert difference <= bound * host.double().abs().max().clamp(min=1)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_step_makes_the_host_wait_once() -> None:
+    layer = layer_on("cuda", torch.bfloat16)
+    x = torch.randn(96, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    layer(x).sum().backward()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        layer(x).sum().backward()
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([warning for warning in caught if "synchroniz" in str(warning.message)]) <= 1
