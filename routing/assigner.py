@@ -27,6 +27,11 @@ class AtHome:
 
 
 def at_home(count_RE: NDArray[np.int64], load_E: NDArray[np.int64], placement: Placement) -> Assignment:
+    if count_RE.shape != placement.held_RE.shape:
+        raise ValueError(
+            f"count_RE has shape {count_RE.shape}, but the placement has {placement.ranks} ranks and "
+            f"{placement.num_experts} experts; count every rank's rows for every expert"
+        )
     quota_RE = np.zeros_like(count_RE)
     quota_RE[placement.home_E, np.arange(placement.num_experts)] = load_E
     return Assignment(count_RE=count_RE, quota_RE=quota_RE)

@@ -38,6 +38,8 @@ class Assignment:
                 f"count_RE and quota_RE must be tables [ranks, experts] of one shape; got {self.count_RE.shape} "
                 f"and {self.quota_RE.shape}"
             )
+        if self.count_RE.dtype.kind not in "iu" or self.quota_RE.dtype.kind not in "iu":
+            raise ValueError(f"rows are whole; got tables of {self.count_RE.dtype} and {self.quota_RE.dtype}")
         if self.count_RE.size and min(self.count_RE.min(), self.quota_RE.min()) < 0:
             raise ValueError("count_RE and quota_RE count rows; they cannot be negative")
         routed_E, computed_E = self.count_RE.sum(axis=0), self.quota_RE.sum(axis=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from placement import Placement
 from routing.assigner import at_home
 from routing.assignment import Assignment
+
+Receiver = Callable[[int, int], tuple[int, int] | None]
 
 
 class Worth(Protocol):
@@ -46,6 +48,10 @@ class BreakEven:
     @classmethod
     def of(cls, *, flops: float, bandwidth: float, bytes_per_weight: int = 2) -> Self:
         """flops: of a rank's matmuls, per second. bandwidth: of its link, in bytes per second."""
+        if flops <= 0 or bandwidth <= 0 or bytes_per_weight <= 0:
+            raise ValueError(
+                f"flops, bandwidth and bytes_per_weight must exceed 0; got {flops}, {bandwidth} and {bytes_per_weight}"
+            )
         return cls(rows=bytes_per_weight * flops / (2 * bandwidth))
 
     def __call__(self, relief: int, visits: Sequence[tuple[int, int]]) -> bool:
@@ -83,9 +89,11 @@ class LeastLoaded:
         if self.node_R and len(self.node_R) != ranks:
             raise ValueError(f"node_R names the nodes of {len(self.node_R)} ranks, but the group has {ranks}")
         load_E, home_E = count_RE.sum(axis=0), placement.home_E
+        if count_RE.shape != placement.held_RE.shape or ranks == 1:
+            return at_home(count_RE, load_E, placement)
         home_R = np.bincount(home_E, load_E, minlength=ranks).astype(np.int64).tolist()
         capacity, peak = self.capacity(sum(home_R), ranks), max(home_R)
-        if ranks == 1 or peak - capacity < self.min_chunk:
+        if peak - capacity < self.min_chunk:
             return at_home(count_RE, load_E, placement)
         spill = _Spill([capacity - rows for rows in home_R], self.node_R or (0,) * ranks, self.min_chunk)
         moves = spill.moves(load_E, placement)
@@ -117,56 +125,70 @@ class _Spill:
         self.total_of = {node: sum(room for room, _ in rooms) for node, rooms in self.rooms_of.items()}
 
     def moves(self, load_E: NDArray[np.int64], placement: Placement) -> list[tuple[int, int, int, int]]:
-        """-> (expert, lender, borrower, rows). Leaves no rank with a chunk more than its capacity."""
-        moves = []
-        copied = placement.slots > placement.num_experts
+        """-> (expert, lender, borrower, rows). Leaves no rank with a chunk more than its capacity.
+
+        Every lender exports what it can within its node before anybody crosses to another.
+        """
+        moves: list[tuple[int, int, int, int]] = []
         loads = load_E.tolist()
-        for lender in sorted(range(len(self.room_R)), key=self.room_R.__getitem__):
-            excess = -self.room_R[lender]
-            if excess < self.chunk:
-                break
-            rows_of = {expert: loads[expert] for expert in placement.homed_R[lender]}
-            if copied:
-                for expert, borrower, rows in self._to_copies(rows_of, excess, lender, placement):
-                    moves.append((expert, lender, borrower, rows))
-                    rows_of[expert] -= rows
-                    excess -= rows
-            for expert in sorted(rows_of, key=rows_of.__getitem__, reverse=True):
-                if excess < self.chunk:
-                    break
-                rest = min(rows_of[expert], excess)
-                excess -= rest
-                while rest:
-                    borrower, rows = self._receiver(lender, rest)
-                    moves.append((expert, lender, borrower, rows))
-                    self._take(borrower, rows)
-                    rest -= rows
-            self.room_R[lender] = -excess
+        lenders = [
+            r for r in sorted(range(len(self.room_R)), key=self.room_R.__getitem__) if -self.room_R[r] >= self.chunk
+        ]
+        left = {lender: {expert: loads[expert] for expert in placement.homed_R[lender]} for lender in lenders}
+        if placement.slots > placement.num_experts:
+            for lender in lenders:
+                moves += self._to_copies(lender, left[lender], placement)
+        for receiver in (self._neighbour, self._anybody):
+            for lender in lenders:
+                if -self.room_R[lender] >= self.chunk:
+                    moves += self._export(lender, left[lender], receiver)
         return moves
 
-    def _to_copies(
-        self, rows_of: dict[int, int], excess: int, lender: int, placement: Placement
-    ) -> Iterator[tuple[int, int, int]]:
-        """Rows that need no visit, because the rank that takes them holds a copy. -> (expert, borrower, rows)"""
-        for expert, load in list(rows_of.items()):
-            for rank in np.flatnonzero(placement.held_RE[:, expert]).tolist():
-                rows = min(excess, load, self.room_R[rank])
-                if rank != lender and rows > 0:
-                    self._take(rank, rows)
-                    load, excess = load - rows, excess - rows  # noqa: PLW2901
-                    yield expert, rank, rows
+    def _export(self, lender: int, left: dict[int, int], receiver: Receiver) -> Iterator[tuple[int, int, int, int]]:
+        """The biggest experts first, until less than a chunk is too much. left: the rows still here of each expert."""
+        for expert in sorted(left, key=left.__getitem__, reverse=True):
+            rest = min(left[expert], -self.room_R[lender])
+            while rest >= self.chunk or rest == left[expert] > 0:
+                if (found := receiver(lender, rest)) is None:
+                    return
+                borrower, rows = found
+                yield expert, lender, borrower, rows
+                self._take(borrower, rows)
+                self.room_R[lender] += rows
+                left[expert] -= rows
+                rest -= rows
+            if -self.room_R[lender] < self.chunk:
+                return
 
-    def _receiver(self, lender: int, rows: int) -> tuple[int, int]:
-        """Who takes how many of these rows: the lender's node first, then the node with most room, then anybody."""
+    def _to_copies(
+        self, lender: int, left: dict[int, int], placement: Placement
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Rows that need no visit, because the rank that takes them holds a copy."""
+        for expert in tuple(left):
+            for rank in np.flatnonzero(placement.held_RE[:, expert]).tolist():
+                rows = min(-self.room_R[lender], left[expert], self.room_R[rank])
+                if rank != lender and rows > 0:
+                    yield expert, lender, rank, rows
+                    self._take(rank, rows)
+                    self.room_R[lender] += rows
+                    left[expert] -= rows
+
+    def _neighbour(self, lender: int, rows: int) -> tuple[int, int] | None:
+        """Who on the lender's node takes how many of these rows."""
+        return self._best_fit((self.node_R[lender],), rows)
+
+    def _anybody(self, lender: int, rows: int) -> tuple[int, int] | None:
+        """Somebody on the node with most room, then on any."""
         home = self.node_R[lender]
-        found = self._best_fit((home,), rows)
-        if found is None and len(self.rooms_of) > 1:
-            away = [node for node in self.rooms_of if node != home]
-            found = self._best_fit((max(away, key=self.total_of.__getitem__),), rows) or self._best_fit(away, rows)
-        if found is None:  # Only crumbs are left. The biggest takes a chunk too many; that is what min_chunk allows.
-            rank = max(range(len(self.room_R)), key=self.room_R.__getitem__)
-            found = rank, rows if rows <= self.room_R[rank] + self.chunk else self.chunk
-        return found
+        if away := [node for node in self.rooms_of if node != home]:
+            roomiest = max(away, key=self.total_of.__getitem__)
+            if (found := self._best_fit((roomiest,), rows) or self._best_fit(away, rows)) is not None:
+                return found
+        # Only crumbs are left. One of them takes a chunk too many: that is what min_chunk allows. Some rank has room,
+        # for the capacities together hold all rows.
+        near = [rank for rank, room in enumerate(self.room_R) if room > 0 and self.node_R[rank] == home]
+        rank = max(near or range(len(self.room_R)), key=self.room_R.__getitem__)
+        return rank, rows if rows <= self.room_R[rank] + self.chunk else self.chunk
 
     def _best_fit(self, nodes: Sequence[int], rows: int) -> tuple[int, int] | None:
         """The smallest room that takes all rows; else the largest, if what it takes is worth a visit."""

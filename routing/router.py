@@ -136,27 +136,32 @@ def forced_experts(num_tokens: int, top_k: int, home_E: NDArray[np.int64], *, so
     Each rank gets a share of the T*K rows, at most T for each expert it homes. The shares, laid end to end, are dealt
     to the tokens in turn: no token gets more than ceil(share / T) rows of a rank, so its experts can be distinct.
     """
-    slots_R = np.bincount(home_E)
-    ranks = len(slots_R)
-    order_R = np.roll(np.arange(ranks), -(source * (num_tokens * top_k) % ranks))
-    share_R = np.zeros(ranks, dtype=np.int64)
-    left = num_tokens * top_k
-    while left:  # fill the emptiest ranks to one level; a rank that is full drops out
-        open_R = [rank for rank in order_R if share_R[rank] < num_tokens * slots_R[rank]]
-        level = max(left // len(open_R), 1)
-        for rank in open_R:
-            take = min(level, int(num_tokens * slots_R[rank] - share_R[rank]), left)
-            share_R[rank] += take
-            left -= take
+    share_R = _shares(num_tokens, top_k, np.bincount(home_E), source + 1) - _shares(
+        num_tokens, top_k, np.bincount(home_E), source
+    )
     expert_N = np.empty(num_tokens * top_k, dtype=np.int64)
     start = 0
-    for rank in order_R:
+    for rank in range(len(share_R)):
         if share_R[rank]:
             lap, turn = np.divmod(np.arange(share_R[rank]), num_tokens)
             homed = np.flatnonzero(home_E == rank)
             expert_N[start : start + share_R[rank]] = homed[(lap + turn) % len(homed)]
             start += share_R[rank]
     return np.ascontiguousarray(expert_N.reshape(top_k, num_tokens).T)
+
+
+def _shares(num_tokens: int, top_k: int, slots_R: NDArray[np.int64], batches: int) -> NDArray[np.int64]:
+    """The rows of each rank in so many batches together: all the same, but at most one a token for each expert."""
+    most_R = num_tokens * slots_R
+    left, full_R = num_tokens * top_k, most_R == 0
+    while (over_R := ~full_R & (most_R * (~full_R).sum() <= left)).any():
+        full_R |= over_R
+        left = num_tokens * top_k - int(most_R[full_R].sum())
+    open_ = np.flatnonzero(~full_R)
+    share_R = np.where(full_R, most_R, 0) * batches
+    if len(open_):
+        share_R[open_] = (left * batches + np.arange(len(open_))[::-1]) // len(open_)
+    return share_R
 
 
 def _sum_over_tokens(value_N: Tensor, rows: Rows, num_tokens: int) -> Tensor:

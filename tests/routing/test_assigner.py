@@ -47,8 +47,8 @@ def _aliases(count_RE: Table, placement: Placement) -> Assignment:
     return Assignment(count_RE=count_RE, quota_RE=count_RE)
 
 
-def _half_rows(count_RE: Table, placement: Placement) -> Assignment:
-    return Assignment(count_RE=count_RE, quota_RE=np.broadcast_to(count_RE.mean(axis=0), count_RE.shape))  # type: ignore[arg-type]
+def _narrow(count_RE: Table, placement: Placement) -> Assignment:
+    return Assignment(count_RE=count_RE, quota_RE=np.roll(count_RE, 1, axis=0).astype(np.int32))  # type: ignore[arg-type]
 
 
 def _forgets(count_RE: Table, placement: Placement) -> Assignment:
@@ -65,7 +65,7 @@ class _Drifts:
         return Assignment(count_RE=count_RE, quota_RE=np.roll(count_RE, _Drifts.calls, axis=0))
 
 
-@pytest.mark.parametrize("broken", [_writes, _aliases, _half_rows, _forgets, _Drifts()])
+@pytest.mark.parametrize("broken", [_writes, _aliases, _narrow, _forgets, _Drifts()])
 def test_the_contract_notices_a_broken_assigner(broken: Callable[[Table, Placement], Assignment]) -> None:
     batch = Batch(np.array([[1, 2], [3, 5], [0, 7]], dtype=np.int64), contiguous(2, 3))
     with pytest.raises(AssertionError):

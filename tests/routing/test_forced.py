@@ -22,6 +22,13 @@ def load_of_ranks(expert_TK: NDArray[np.int64], home_E: Sequence[int]) -> NDArra
     return np.bincount(np.asarray(home_E)[expert_TK.ravel()], minlength=max(home_E) + 1)
 
 
+def together(num_tokens: int, top_k: int, home_E: Sequence[int], sources: int) -> NDArray[np.int64]:
+    """The loads of the ranks when several sources force a batch of this size each."""
+    home = np.array(home_E)
+    tables = [forced_experts(num_tokens, top_k, home, source=source) for source in range(sources)]
+    return load_of_ranks(np.concatenate(tables), home_E)
+
+
 def evenest_by_trying(num_tokens: int, top_k: int, home_E: Sequence[int]) -> list[int]:
     """The evenest loads of the ranks, sorted, of all choices of K distinct experts for each token."""
     ranks = max(home_E) + 1
@@ -96,17 +103,23 @@ def test_where_homes_are_even_the_ranks_differ_by_at_most_one_row(
 
 
 @LAW
+@given(routings(tokens=12), st.integers(1, 8))
+def test_several_sources_together_are_as_even_as_one_batch_of_all_their_tokens(
+    routing: tuple[int, int, list[int], int], sources: int
+) -> None:
+    num_tokens, top_k, home_E, _ = routing
+    load_R = together(num_tokens, top_k, home_E, sources)
+    assert sorted(load_R.tolist()) == evenest_by_filling(sources * num_tokens, top_k, home_E)
+
+
+@LAW
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(0, 40), st.integers(1, 12), st.data())
 def test_several_sources_together_differ_by_at_most_one_row_where_each_rank_has_places_for_its_share(
     slots_R: list[int], num_tokens: int, sources: int, data: st.DataObject
 ) -> None:
     home_E = data.draw(st.permutations([rank for rank, slots in enumerate(slots_R) for _ in range(slots)]))
     top_k = data.draw(st.integers(1, len(slots_R) * min(slots_R)))
-    load_R = sum(
-        load_of_ranks(forced_experts(num_tokens, top_k, np.array(home_E), source=source), home_E)
-        for source in range(sources)
-    )
-    assert np.ptp(load_R) <= 1
+    assert np.ptp(together(num_tokens, top_k, home_E, sources)) <= 1
 
 
 @LAW

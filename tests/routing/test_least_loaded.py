@@ -20,10 +20,10 @@ PLANNERS = st.builds(LeastLoaded, headroom=HEADROOMS, min_chunk=st.sampled_from(
 
 
 @st.composite
-def tasks(draw: st.DrawFn, copies: bool = True) -> tuple[Batch, LeastLoaded]:
+def tasks(draw: st.DrawFn) -> tuple[Batch, LeastLoaded]:
     """A batch and a planner: any of both, or a chunk hardly bigger than the room there is."""
-    if draw(st.integers(0, 3)):
-        return draw(batches(copies=copies)), draw(PLANNERS)
+    if draw(st.integers(0, 2)):
+        return draw(batches()), draw(PLANNERS)
     batch, chunk = draw(crumbs())
     return batch, LeastLoaded(headroom=1.0, min_chunk=chunk)
 
@@ -65,7 +65,7 @@ def test_with_chunks_of_one_row_no_rank_exceeds_its_headroom_at_all(batch: Batch
     assert planner(*batch).load_R.max() <= capacity(planner, batch)
 
 
-@settings(LAW, max_examples=400)
+@settings(LAW, max_examples=300)
 @given(tasks())
 def test_a_rank_at_or_under_its_capacity_keeps_all_rows_of_its_experts(task: tuple[Batch, LeastLoaded]) -> None:
     batch, planner = task
@@ -93,13 +93,21 @@ def test_an_overloaded_rank_gives_no_more_than_its_excess_and_takes_nothing(task
 
 
 @LAW
-@given(tasks(copies=False))
-def test_a_visit_brings_a_chunk_or_all_that_its_expert_has(task: tuple[Batch, LeastLoaded]) -> None:
+@given(tasks())
+def test_a_visit_brings_a_chunk_or_all_that_home_has_left_of_its_expert(task: tuple[Batch, LeastLoaded]) -> None:
     batch, planner = task
     decided = planner(*batch)
     for loan in decided.loans(batch.placement):
-        rows = decided.quota_RE[loan.borrower, loan.expert]
-        assert rows >= min(planner.min_chunk, batch.load_E[loan.expert])
+        brought = decided.quota_RE[loan.borrower, loan.expert]
+        assert brought >= planner.min_chunk or decided.quota_RE[loan.lender, loan.expert] == 0
+
+
+def test_an_excess_below_a_chunk_stays_at_home_though_there_is_room() -> None:
+    """13 rows too many, room for them in pieces of 1 and 2: one visit of 10 rows, and the 3 stay."""
+    batch = Batch(np.diag([113, 98, 98, 98, 98, 98, 98, 99]), contiguous(8, 8))
+    decided = LeastLoaded(headroom=1.0, min_chunk=10)(*batch)
+    assert decided.load_R[0] == 103
+    assert len(decided.loans(batch.placement)) == 1
 
 
 @LAW
@@ -144,7 +152,7 @@ def batches_on_nodes(draw: st.DrawFn) -> tuple[Batch, tuple[int, ...]]:
     return batch, tuple(draw(st.lists(st.integers(0, 2), min_size=ranks, max_size=ranks)))
 
 
-@settings(LAW, max_examples=400)
+@settings(LAW, max_examples=200)
 @given(batches_on_nodes(), HEADROOMS)
 def test_no_loan_crosses_nodes_if_the_lenders_node_has_enough_room(
     batch_and_nodes: tuple[Batch, tuple[int, ...]], headroom: float

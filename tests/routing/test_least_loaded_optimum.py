@@ -39,7 +39,7 @@ def test_visits_are_within_a_tenth_of_the_optimum_on_average(headroom: float) ->
 @pytest.mark.parametrize("exponent", [0.5, 0.8, 1.2])
 def test_ragged_batches_cost_at_most_one_visit_more_than_the_optimum(exponent: float) -> None:
     planner, placement, proven = LeastLoaded(headroom=1.0), contiguous(32, 8), 0
-    for seed in range(12):
+    for seed in (*range(10), 115, 118):  # the last two once cost two visits more
         count_RE = zipf(32, 8, exponent, seed, ragged=True)
         count_RE[0, 0] += count_RE.sum() % 8 == 0
         assert count_RE.sum() % 8, "a ragged batch does not divide"

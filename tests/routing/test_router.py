@@ -16,6 +16,7 @@ from tests.routing.batches import LAW
 pytestmark = pytest.mark.fast
 
 D, E = 6, 8
+FEW = settings(LAW, max_examples=40)
 SEEDS = st.integers(0, 2**16)
 SCORES: st.SearchStrategy[Score] = st.sampled_from([Softmax(), Sigmoid()])
 SELECTS = st.sampled_from([TopK(), TopK(groups=4, keep=2, worth="top2sum")])
@@ -46,7 +47,7 @@ def chosen_score(choice: Choice) -> Tensor:
     return choice.score_TE[choice.token_N, choice.expert_N]
 
 
-@LAW
+@FEW
 @given(SEEDS, SCORES, SELECTS, st.integers(1, 4))
 def test_a_token_chooses_by_score_less_price(seed: int, score: Score, select: TopK, top_k: int) -> None:
     layer = router(seed, top_k, score=score, select=select)
@@ -57,7 +58,7 @@ def test_a_token_chooses_by_score_less_price(seed: int, score: Score, select: To
     assert choice.top_k == top_k
 
 
-@LAW
+@FEW
 @given(SEEDS, SCORES, st.integers(1, 4))
 def test_whatever_the_prices_a_weight_is_the_score_to_the_bit(seed: int, score: Score, top_k: int) -> None:
     choice = router(seed, top_k, score=score)(tokens(seed))
@@ -65,7 +66,7 @@ def test_whatever_the_prices_a_weight_is_the_score_to_the_bit(seed: int, score: 
     assert torch.equal(choice.score_TE, score(choice.logit_TE))
 
 
-@LAW
+@FEW
 @given(SEEDS, st.floats(0.1, 8.0), st.integers(1, 4))
 def test_normalized_weights_share_the_scale_as_the_scores_do(seed: int, scale: float, top_k: int) -> None:
     choice = router(seed, top_k, score=Sigmoid(), weigh=Weigh(normalize=True, scale=scale))(tokens(seed))
@@ -88,7 +89,7 @@ def test_rows_of_any_shape_are_normalized_token_by_token() -> None:
     assert choice.weight_N[[0, 3]].tolist() == [1.0, 0.0]
 
 
-@LAW
+@FEW
 @given(SEEDS, SCORES, st.booleans())
 def test_prices_change_no_gradient_of_the_same_rows(seed: int, score: Score, normalize: bool) -> None:
     layer = router(seed, score=score, weigh=Weigh(normalize=normalize))
@@ -101,7 +102,7 @@ def test_prices_change_no_gradient_of_the_same_rows(seed: int, score: Score, nor
     assert torch.equal(layer.weight.grad, grad)
 
 
-@LAW
+@FEW
 @given(SEEDS, SCORES, st.booleans())
 def test_given_rows_are_replayed_with_weights_and_gradient_of_todays_router(
     seed: int, score: Score, normalize: bool
@@ -124,7 +125,7 @@ def test_given_rows_are_replayed_with_weights_and_gradient_of_todays_router(
     torch.testing.assert_close(today.weight.grad, weight.grad, rtol=1e-10, atol=1e-14)
 
 
-@LAW
+@FEW
 @given(SEEDS, st.lists(st.booleans(), min_size=1, max_size=11), st.booleans(), st.sampled_from([0.0, float("nan")]))
 def test_padding_is_neither_routed_nor_counted_nor_weighed(
     seed: int, valid: list[bool], normalize: bool, filler: float
@@ -143,7 +144,7 @@ def test_padding_is_neither_routed_nor_counted_nor_weighed(
     assert int(choice.load_E.sum()) == 3 * sum(valid)
 
 
-@settings(LAW, max_examples=60)
+@FEW
 @given(SEEDS, st.lists(st.booleans(), min_size=1, max_size=11), SCORES, st.booleans())
 def test_what_padding_holds_reaches_no_gradient(seed: int, valid: list[bool], score: Score, normalize: bool) -> None:
     layer, valid_T = router(seed, score=score, weigh=Weigh(normalize=normalize)), torch.tensor(valid)
@@ -163,7 +164,7 @@ def test_what_padding_holds_reaches_no_gradient(seed: int, valid: list[bool], sc
         assert torch.equal(weight_grad, grads[0][1])
 
 
-@LAW
+@FEW
 @given(st.lists(st.integers(NOWHERE, E - 1), max_size=40))
 def test_the_load_counts_each_row_once_and_rows_to_nowhere_never(experts: list[int]) -> None:
     rows = Rows(torch.zeros(len(experts), dtype=torch.int64), torch.tensor(experts, dtype=torch.int64), None)
