@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
 from typing import Protocol, Self
 
 import numpy as np
@@ -21,7 +22,8 @@ from placement import Placement
 from routing.assigner import at_home
 from routing.assignment import Assignment
 
-Receiver = Callable[[int, int], tuple[int, int] | None]
+Move = tuple[int, int, int, int]  # expert, lender, borrower, rows
+Receiver = Callable[[int, int], tuple[int, int] | None]  # lender, rows -> borrower, rows it takes
 
 
 class Worth(Protocol):
@@ -64,9 +66,9 @@ class LeastLoaded:
     """No rank computes more than ceil(headroom * rows / ranks) + min_chunk rows, unless the plan is not worth it.
 
     headroom: how far above the mean a rank may stay, >= 1; more headroom, fewer visits. min_chunk: a visit brings at
-    least this many rows, or all that an expert has; an excess below it stays at home. node_R: the node of each rank, to
-    borrow within the lender's node first; empty means one node. worth: whether a plan pays for its visits; by default
-    they are taken to be free, so tell it your machine with BreakEven.of(...).
+    least this many rows, or all that home has left of an expert; an excess below it stays at home. node_R: the node of
+    each rank, to borrow within the lender's node first; empty means one node. worth: whether a plan pays for its
+    visits; by default they are taken to be free, so tell it your machine with BreakEven.of(...).
     """
 
     headroom: float = 1.05
@@ -98,14 +100,15 @@ class LeastLoaded:
         spill = _Spill([capacity - rows for rows in home_R], self.node_R or (0,) * ranks, self.min_chunk)
         moves = spill.moves(load_E, placement)
         visits = {(expert, lender, borrower) for expert, lender, borrower, _ in moves}
-        visits = {visit for visit in visits if not placement.held_RE[visit[2], visit[0]]}
+        if placement.slots > placement.num_experts:
+            visits = {visit for visit in visits if not placement.held_RE[visit[2], visit[0]]}
         if not self.worth(peak - capacity + min(spill.room_R), [(lender, borrower) for _, lender, borrower in visits]):
             return at_home(count_RE, load_E, placement)
         quota_RE = np.zeros_like(count_RE)
         quota_RE[home_E, np.arange(len(home_E))] = load_E
-        for expert, lender, borrower, rows in moves:
-            quota_RE[lender, expert] -= rows
-            quota_RE[borrower, expert] += rows
+        expert_N, lender_N, borrower_N, rows_N = np.array(moves).T
+        np.subtract.at(quota_RE, (lender_N, expert_N), rows_N)
+        np.add.at(quota_RE, (borrower_N, expert_N), rows_N)
         return Assignment(count_RE=count_RE, quota_RE=quota_RE)
 
 
@@ -124,54 +127,53 @@ class _Spill:
                 self.rooms_of[node_R[rank]].append((room, rank))
         self.total_of = {node: sum(room for room, _ in rooms) for node, rooms in self.rooms_of.items()}
 
-    def moves(self, load_E: NDArray[np.int64], placement: Placement) -> list[tuple[int, int, int, int]]:
-        """-> (expert, lender, borrower, rows). Leaves no rank with a chunk more than its capacity.
+    def moves(self, load_E: NDArray[np.int64], placement: Placement) -> list[Move]:
+        """Leaves no rank with a chunk more than its capacity.
 
         Every lender exports what it can within its node before anybody crosses to another.
         """
-        moves: list[tuple[int, int, int, int]] = []
+        moves: list[Move] = []
         loads = load_E.tolist()
-        lenders = [
-            r for r in sorted(range(len(self.room_R)), key=self.room_R.__getitem__) if -self.room_R[r] >= self.chunk
-        ]
-        left = {lender: {expert: loads[expert] for expert in placement.homed_R[lender]} for lender in lenders}
+        excess_R = {rank: -room for rank, room in enumerate(self.room_R) if -room >= self.chunk}
+        lenders = sorted(excess_R, key=excess_R.__getitem__, reverse=True)
+        left = {lender: [(-loads[expert], expert) for expert in placement.homed_R[lender]] for lender in lenders}
         if placement.slots > placement.num_experts:
             for lender in lenders:
                 moves += self._to_copies(lender, left[lender], placement)
+        for lender in lenders:
+            heapify(left[lender])
         for receiver in (self._neighbour, self._anybody):
             for lender in lenders:
                 if -self.room_R[lender] >= self.chunk:
                     moves += self._export(lender, left[lender], receiver)
         return moves
 
-    def _export(self, lender: int, left: dict[int, int], receiver: Receiver) -> Iterator[tuple[int, int, int, int]]:
-        """The biggest experts first, until less than a chunk is too much. left: the rows still here of each expert."""
-        for expert in sorted(left, key=left.__getitem__, reverse=True):
-            rest = min(left[expert], -self.room_R[lender])
-            while rest >= self.chunk or rest == left[expert] > 0:
-                if (found := receiver(lender, rest)) is None:
-                    return
-                borrower, rows = found
-                yield expert, lender, borrower, rows
-                self._take(borrower, rows)
-                self.room_R[lender] += rows
-                left[expert] -= rows
-                rest -= rows
-            if -self.room_R[lender] < self.chunk:
-                return
+    def _export(self, lender: int, left: list[tuple[int, int]], receiver: Receiver) -> Iterator[Move]:
+        """Until less than a chunk is too much. left: (-rows still here, expert), a heap.
 
-    def _to_copies(
-        self, lender: int, left: dict[int, int], placement: Placement
-    ) -> Iterator[tuple[int, int, int, int]]:
-        """Rows that need no visit, because the rank that takes them holds a copy."""
-        for expert in tuple(left):
+        Each visit takes from the expert with most rows left, not from one expert until it is spent: a visit that fills
+        its borrower has done all it can, one that spends its expert leaves room that needs another visit.
+        """
+        while (excess := -self.room_R[lender]) >= self.chunk:
+            minus, expert = left[0]
+            if (found := receiver(lender, min(-minus, excess))) is None:
+                return
+            borrower, rows = found
+            yield expert, lender, borrower, rows
+            self._take(borrower, rows)
+            self.room_R[lender] += rows
+            heapreplace(left, (minus + rows, expert))
+
+    def _to_copies(self, lender: int, left: list[tuple[int, int]], placement: Placement) -> Iterator[Move]:
+        """Rows that need no visit, because the rank that takes them holds a copy. left: (-rows still here, expert)."""
+        for index, (_, expert) in enumerate(left):
             for rank in np.flatnonzero(placement.held_RE[:, expert]).tolist():
-                rows = min(-self.room_R[lender], left[expert], self.room_R[rank])
+                rows = min(-self.room_R[lender], -left[index][0], self.room_R[rank])
                 if rank != lender and rows > 0:
                     yield expert, lender, rank, rows
                     self._take(rank, rows)
                     self.room_R[lender] += rows
-                    left[expert] -= rows
+                    left[index] = left[index][0] + rows, expert
 
     def _neighbour(self, lender: int, rows: int) -> tuple[int, int] | None:
         """Who on the lender's node takes how many of these rows."""
@@ -192,17 +194,19 @@ class _Spill:
 
     def _best_fit(self, nodes: Sequence[int], rows: int) -> tuple[int, int] | None:
         """The smallest room that takes all rows; else the largest, if what it takes is worth a visit."""
-        fit, largest = None, (0, -1)
+        fit: tuple[int, int] | None = None
+        room, rank = 0, -1
         for node in nodes:
             rooms = self.rooms_of[node]
-            if rooms and rooms[-1][0] >= rows:
+            if not rooms:
+                continue
+            if rooms[-1][0] >= rows:
                 candidate = rooms[bisect_left(rooms, (rows, -1))]
-                fit = min(fit, candidate) if fit else candidate
-            elif rooms:
-                largest = max(largest, rooms[-1])
+                fit = candidate if fit is None or candidate < fit else fit
+            elif rooms[-1] > (room, rank):
+                room, rank = rooms[-1]
         if fit is not None:
             return fit[1], rows
-        room, rank = largest
         if room < self.chunk:
             return None
         return rank, rows if rows - room < self.chunk else room
