@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from placement.arrays import FloatArray
 from placement.bounds import CLOSED_FORM, ROUNDING, Certificate, peak_bound_L
 from placement.metrics import local_L, peak_over_mean_L
-from placement.plan import Placement, Plan
+from placement.plan import Placement, Plan, Provenance
 from placement.topology import Topology
 from placement.trace import LoadTrace
 
@@ -17,7 +17,7 @@ def certified(
     placement_L: Sequence[Placement],
     trace: LoadTrace,
     topology: Topology,
-    provenance: Mapping[str, str | int | float],
+    provenance: Provenance,
 ) -> Plan:
     """A plan with a closed-form certificate for each layer, on the load of all windows together."""
     plan = Plan(

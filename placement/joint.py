@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from placement.arrays import FloatArray, IntArray
@@ -33,6 +35,29 @@ def refine_copies(
 
 def _hand_over(expert_RS: IntArray, load_E: FloatArray, topology: Topology) -> bool:
     """The best single hand-over of a slot to an expert of the busiest rank, in place; False where none helps."""
+    offers = hand_overs(expert_RS, load_E, topology)
+    time_R = rank_time(expert_RS[None], load_E[None], topology)[0]
+    if not offers.peak_XN.size or offers.peak_XN.min() >= time_R.max() * (1 - LEAST):
+        return False
+    taker, given = divmod(int(offers.peak_XN.argmin()), offers.peak_XN.shape[1])
+    expert_RS[offers.rank_N[given], offers.slot_N[given]] = offers.taker_X[taker]
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandOvers:
+    """Slots that hold a spare copy, or nothing, and the layer's peak once expert x of the busiest rank takes slot n.
+
+    The peak is infinite where x is on that rank already.
+    """
+
+    rank_N: IntArray
+    slot_N: IntArray
+    taker_X: IntArray
+    peak_XN: FloatArray
+
+
+def hand_overs(expert_RS: IntArray, load_E: FloatArray, topology: Topology) -> HandOvers:
     ranks, num_experts = len(expert_RS), len(load_E)
     held_RE = np.zeros((ranks, num_experts + 1))
     rank_N, slot_N = np.nonzero(expert_RS >= 0)
@@ -41,32 +66,26 @@ def _hand_over(expert_RS: IntArray, load_E: FloatArray, topology: Topology) -> b
     each_E = load_E / copies_E
     speed_R = np.array(topology.speed_R)
     load_R = held_RE[:, :num_experts] @ each_E
-    hot = int((load_R / speed_R).argmax())
     rank_N, slot_N = np.nonzero(expert_RS != ABSENT)
     giver_N = expert_RS[rank_N, slot_N]
     spare = (giver_N == EMPTY) | (copies_E[giver_N] >= 2)
     rank_N, slot_N, giver_N = rank_N[spare], slot_N[spare], giver_N[spare]
-    if not rank_N.size:
-        return False
     # What the giver's other ranks take over, and what this rank is rid of; nothing for a free slot.
     left_E = np.append(np.where(copies_E >= 2, load_E / np.maximum(copies_E - 1, 1), 0.0), 0.0)
     rise_E = left_E - np.append(each_E, 0.0)
     base_NR = load_R + held_RE.T[giver_N] * rise_E[giver_N][:, None]
     row_N = np.arange(len(rank_N))
     base_NR[row_N, rank_N] -= left_E[giver_N]
-    best = (float((load_R / speed_R)[hot]) * (1 - LEAST), -1, -1)
-    for taker in np.unique(expert_RS[hot][expert_RS[hot] >= 0]).tolist():
+    hot_S = expert_RS[int((load_R / speed_R).argmax())]
+    taker_X = np.unique(hot_S[hot_S >= 0])
+    peak_XN = np.empty((len(taker_X), len(rank_N)))
+    for peak_N, taker in zip(peak_XN, taker_X.tolist(), strict=True):
         thinner = load_E[taker] / (copies_E[taker] + 1)
         after_NR = base_NR + held_RE[:, taker] * (thinner - each_E[taker])
         after_NR[row_N, rank_N] += thinner
-        peak_N = (after_NR / speed_R).max(axis=1)
+        peak_N[:] = (after_NR / speed_R).max(axis=1)
         peak_N[(giver_N == taker) | (held_RE[rank_N, taker] > 0)] = np.inf
-        if peak_N.min() < best[0]:
-            best = (float(peak_N.min()), int(peak_N.argmin()), taker)
-    if best[2] < 0:
-        return False
-    expert_RS[rank_N[best[1]], slot_N[best[1]]] = best[2]
-    return True
+    return HandOvers(rank_N=rank_N, slot_N=slot_N, taker_X=taker_X, peak_XN=peak_XN)
 
 
 def search(

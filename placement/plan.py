@@ -27,6 +27,7 @@ from placement.topology import Topology
 
 SCHEMA = "evenmoe.plan/1"
 EMPTY = -1
+Provenance = Mapping[str, str | int | float]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,7 +130,7 @@ class Plan:
 
     placement_L: tuple[Placement, ...]
     certificate_L: tuple[Certificate, ...] = ()
-    provenance: Mapping[str, str | int | float] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=dict)
     topology: Topology | None = None
     layer_L: tuple[int, ...] = ()
 

@@ -49,7 +49,7 @@ def refine_swaps(
     A free slot swaps like an expert without load, so this moves experts as well. charge_LER: seconds that a layer pays
     for a copy of an expert on a rank.
     """
-    tables = _Tables(expert_LRS, load_LE, topology, charge_LER)
+    tables = Tables(expert_LRS, load_LE, topology, charge_LER)
     active = np.arange(len(expert_LRS))
     for _ in range(most_swaps):
         time_LR = tables.load_LR[active] / tables.speed_R
@@ -67,8 +67,8 @@ def refine_swaps(
     return tables.expert_LRS
 
 
-class _Tables:
-    """The tables of many layers under swaps: what each slot holds and carries, and who holds what."""
+class Tables:
+    """The tables of many layers under swaps: what each slot holds and carries, and who holds what. Changes in place."""
 
     def __init__(
         self, expert_LRS: IntArray, load_LE: FloatArray, topology: Topology, charge_LER: FloatArray | None
