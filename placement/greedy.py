@@ -68,7 +68,7 @@ class Packed:
 
     def pack(self, load_LE: FloatArray, topology: Topology) -> IntArray:
         """expert_LRS, a working table."""
-        table = pack(apportion(load_LE, topology), load_LE, topology)
+        table = pack(apportion(load_LE, topology), load_LE[:, None], topology)
         mean_L = load_LE.sum(axis=1) / sum(topology.speed_R)
         bound_L = peak_bound_L(load_LE, topology) * mean_L
         table = refine_swaps(table, load_LE, topology, bound_L * (1 + self.within))

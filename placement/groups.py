@@ -46,7 +46,7 @@ class StrictGroups:
             speed_R=tuple(float(speed_R[node_R == node].sum()) for node in range(topology.nodes)),
         )
         group_LG = load_LE.reshape(len(load_LE), self.groups, size).sum(axis=2)
-        on_LDS = pack(apportion(group_LG, whole), group_LG, whole)
+        on_LDS = pack(apportion(group_LG, whole), group_LG[:, None], whole)
         on_LDS = refine_swaps(on_LDS, group_LG, whole, np.zeros(len(load_LE)))
         table = free_slots(len(load_LE), topology)
         for node in range(topology.nodes):

@@ -151,7 +151,7 @@ def _packed(
     shake[:, 0] = 1.0
     shaken = (load_E * shake).reshape(-1, len(load_E))
     repeated = np.repeat(counts, tries, axis=0)
-    table = pack(repeated, shaken, topology)
+    table = pack(repeated, shaken[:, None], topology)
     true_LE = np.repeat(load_E[None], len(table), axis=0)
     table = refine_swaps(table, true_LE, topology, np.zeros(len(table)), most_swaps=60)
     peak = rank_time(table, true_LE, topology).max(axis=1).reshape(len(counts), tries)

@@ -9,9 +9,12 @@ import numpy as np
 
 from placement.arrays import BoolArray, FloatArray, IntArray
 from placement.plan import EMPTY, Placement
+from placement.risk import risk
 from placement.topology import Topology
 
 ABSENT = -2
+# Among ranks of equal risk, the one with less load in all scenarios together.
+MEAN_TOO = 1e-3
 
 
 def free_slots(layers: int, topology: Topology) -> IntArray:
@@ -29,35 +32,37 @@ def held_LRE(expert_LRS: IntArray, num_experts: int) -> BoolArray:
     return held
 
 
-def pack(copies_LE: IntArray, load_LE: FloatArray, topology: Topology) -> IntArray:
+def pack(copies_LE: IntArray, load_LKE: FloatArray, topology: Topology, tail: float = 0.0) -> IntArray:
     """Copies in falling order of load, each to the rank that would finish first, never two of an expert on a rank.
 
-    load_LE is the load of an expert; a copy takes an even share.
+    load_LKE is the load of an expert in each scenario (one is enough); a copy takes an even share. tail: see `risk`.
     """
     layers, num_experts = copies_LE.shape
-    expert_LN = _by_load(copies_LE, load_LE / copies_LE)
-    each_LE = np.pad(load_LE / copies_LE, ((0, 0), (0, 1)))
+    each_LEK = (load_LKE / copies_LE[:, None]).transpose(0, 2, 1)
+    expert_LN = _by_load(copies_LE, risk(each_LEK, tail))
     expert_LRS = free_slots(layers, topology)
     slots_R, speed_R = np.array(topology.slots_R), np.array(topology.speed_R)
-    load_LR, taken_LR = np.zeros((layers, topology.ranks)), np.zeros((layers, topology.ranks), dtype=np.int64)
-    held = np.zeros((layers, num_experts + 1, topology.ranks), dtype=np.bool_)
-    layer_L = np.arange(layers)
+    load_LRK = np.zeros((layers, topology.ranks, load_LKE.shape[1]))
+    taken_LR = np.zeros((layers, topology.ranks), dtype=np.int64)
+    held = np.zeros((layers, num_experts, topology.ranks), dtype=np.bool_)
     for expert_L in expert_LN.T:
-        row_L = layer_L[expert_L != EMPTY] if (expert_L == EMPTY).any() else layer_L
+        row_L = np.flatnonzero(expert_L != EMPTY)
         chosen = expert_L[row_L]
-        weight = each_LE[row_L, chosen]
-        time = np.where(taken_LR[row_L] < slots_R, (load_LR[row_L] + weight[:, None]) / speed_R, np.inf)
-        time[held[row_L, chosen]] = np.inf
+        each = each_LEK[row_L, chosen]
+        time_NRK = (load_LRK[row_L] + each[:, None]) / speed_R[:, None]
+        time = risk(time_NRK, tail) + (MEAN_TOO * time_NRK.mean(axis=2) if time_NRK.shape[2] > 1 else 0.0)
+        time[(taken_LR[row_L] >= slots_R) | held[row_L, chosen]] = np.inf
         rank = time.argmin(axis=1)
         stuck = np.isinf(time[np.arange(len(row_L)), rank])
-        for layer, expert in zip(row_L[stuck].tolist(), chosen[stuck].tolist(), strict=True):
-            _make_room(expert_LRS[layer], expert)
-            load_LR[layer], taken_LR[layer] = _loads(expert_LRS[layer], each_LE[layer])
-            held[layer] = held_LRE(expert_LRS[layer][None], num_experts)[0].T
         if stuck.any():
-            row_L, chosen, weight, rank = row_L[~stuck], chosen[~stuck], weight[~stuck], rank[~stuck]
+            for layer, expert in zip(row_L[stuck].tolist(), chosen[stuck].tolist(), strict=True):
+                _make_room(expert_LRS[layer], expert)
+                held[layer] = held_LRE(expert_LRS[layer][None], num_experts)[0, :, :-1].T
+                taken_LR[layer] = (expert_LRS[layer] >= 0).sum(axis=1)
+                load_LRK[layer] = held[layer].T @ each_LEK[layer]
+            row_L, chosen, each, rank = row_L[~stuck], chosen[~stuck], each[~stuck], rank[~stuck]
         expert_LRS[row_L, rank, taken_LR[row_L, rank]] = chosen
-        load_LR[row_L, rank] += weight
+        load_LRK[row_L, rank] += each
         taken_LR[row_L, rank] += 1
         held[row_L, chosen, rank] = True
     return expert_LRS
@@ -71,10 +76,6 @@ def _by_load(copies_LE: IntArray, each_LE: FloatArray) -> IntArray:
     for layer, (experts, counts) in enumerate(zip(order_LE, count_LE, strict=True)):
         expert_LN[layer, : counts.sum()] = np.repeat(experts, counts)
     return expert_LN
-
-
-def _loads(expert_RS: IntArray, each_E: FloatArray) -> tuple[FloatArray, IntArray]:
-    return np.where(expert_RS >= 0, each_E[expert_RS], 0.0).sum(axis=1), (expert_RS >= 0).sum(axis=1)
 
 
 def _make_room(expert_RS: IntArray, expert: int) -> None:

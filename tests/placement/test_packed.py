@@ -65,7 +65,9 @@ def test_packing_never_puts_an_expert_twice_on_a_rank_even_where_greedy_gets_stu
     trace = data.draw(loads())
     topology = data.draw(topologies(trace.num_experts))
     copies_LE = apportion(trace.load_LE, topology)
-    for placement, copies_E in zip(placements(pack(copies_LE, trace.load_LE, topology)), copies_LE, strict=True):
+    for placement, copies_E in zip(
+        placements(pack(copies_LE, trace.load_LE[:, None], topology)), copies_LE, strict=True
+    ):
         np.testing.assert_array_equal(placement.copies_E, copies_E)
 
 
@@ -74,7 +76,7 @@ def test_packing_never_puts_an_expert_twice_on_a_rank_even_where_greedy_gets_stu
 def test_swaps_never_raise_the_peak_nor_change_who_has_how_many_copies(data: st.DataObject) -> None:
     trace = data.draw(loads())
     topology = data.draw(topologies(trace.num_experts))
-    table = pack(apportion(trace.load_LE, topology), trace.load_LE[:, ::-1], topology)
+    table = pack(apportion(trace.load_LE, topology), trace.load_LE[:, None, ::-1], topology)
     better = refine_swaps(table, trace.load_LE, topology, np.zeros(trace.layers))
     before, after = (rank_time(t, trace.load_LE, topology).max(axis=1) for t in (table, better))
     assert (after <= before * (1 + 1e-9)).all()
