@@ -23,7 +23,7 @@ class Certificate:
     """No placement of this layer can have a peak/mean below bound; this one has (1 + gap) * bound.
 
     Copies of an expert share its load evenly. local and local_bound say the same of hops, where the trace knew them:
-    the share of hops from this layer to the next that stay on a rank, and what no placement of single copies exceeds.
+    the share of hops from this layer to the next that stay on a rank, and what no placement exceeds.
     method names the arguments that the bounds rest on: "closed form" is recomputed by `verify`, a solver's is not.
     """
 

@@ -68,7 +68,7 @@ class Rebalance:
             anew = relabelled(start, replanned[layer], topology)
             fetched = int((anew.held_RE & ~start.held_RE).sum())
             candidates = [start, anew] if fetched <= self.most_moves else [start]
-            improved = _improved(table[layer], load_LE[layer], topology, float(enough_L[layer]), self.most_moves)
+            improved = stepped(table[layer], load_LE[layer], topology, float(enough_L[layer]), self.most_moves)
             candidates.append(placements(improved[None])[0])
             share = [placement.held_RE / placement.copies_E for placement in candidates]
             peak = [float((s @ load_LE[layer] / np.array(topology.speed_R)).max()) for s in share]
@@ -88,8 +88,11 @@ def relabelled(start: Placement, target: Placement, topology: Topology) -> Place
     return Placement(expert_RS=expert_RS)
 
 
-def _improved(expert_RS: IntArray, load_E: FloatArray, topology: Topology, enough: float, budget: int) -> IntArray:
-    """Swaps and hand-overs, the largest fall of the peak per fetch first, while the fetches stay within the budget."""
+def stepped(expert_RS: IntArray, load_E: FloatArray, topology: Topology, enough: float, budget: int) -> IntArray:
+    """Swaps and hand-overs, the largest fall of the peak per fetch first, while the fetches stay within the budget.
+
+    expert_RS is a working table of one layer; enough is a peak in seconds at which it stops.
+    """
     start = expert_RS[None].copy()
     tables = Tables(start, load_E[None], topology, None)
     started_RE = tables.held_LRE[0].copy()
