@@ -15,7 +15,7 @@ from placement.chain import Chain, all_groupings, pools
 from placement.greedy import Packed
 from placement.hops import METHOD, local_bound_L
 from placement.metrics import local_L, local_share
-from placement.packing import free_slots, placements, working_table
+from placement.packing import placements, table_of, working_table
 from placement.plan import Placement, Plan, Provenance
 from placement.rebalance import relabelled, stepped
 from placement.refine import rank_time
@@ -140,11 +140,7 @@ class Affinity:
         return problem.improved(solution_BLE, sweeps=10)
 
     def _with_copies(self, rank_LE: IntArray, trace: LoadTrace, topology: Topology) -> tuple[Placement, ...]:
-        table = free_slots(len(rank_LE), topology)
-        for layer, rank_E in enumerate(rank_LE):
-            for rank in range(topology.ranks):
-                experts = np.flatnonzero(rank_E == rank)
-                table[layer, rank, : len(experts)] = experts
+        table = table_of(rank_LE, topology)
         if topology.slots > trace.num_experts and self.balance_cap < math.inf:
             table = self._capped(table, trace.load_LE, topology)
         return placements(table)

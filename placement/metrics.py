@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.arrays import BoolArray, FloatArray
+from placement.arrays import BoolArray, FloatArray, IntArray
 from placement.plan import Placement, Plan
 from placement.topology import Topology
 
@@ -80,21 +80,20 @@ def fan_out(plan: Plan, expert_TLK: NDArray[np.int32], group_R: Sequence[int]) -
     group = np.asarray(group_R)
     groups, total, rows = int(group.max()) + 1, 0, 0
     for layer, placement in enumerate(plan.placement_L):
-        expert_TK = expert_TLK[:, layer]
-        token_N, choice_N = np.nonzero(expert_TK >= 0)
-        rank_N = _copy(placement, expert_TK[token_N, choice_N], token_N)
-        reached: BoolArray = np.zeros((len(expert_TK), groups), dtype=np.bool_)
+        token_N, rank_N = token_rank(placement, expert_TLK[:, layer])
+        reached: BoolArray = np.zeros((len(expert_TLK), groups), dtype=np.bool_)
         reached[token_N, group[rank_N]] = True
         total += int(reached.sum())
         rows += int(reached.any(axis=1).sum())
     return total / max(rows, 1)
 
 
-def _copy(placement: Placement, expert_N: NDArray[np.int32], token_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rank of the copy that each token takes."""
+def token_rank(placement: Placement, expert_TK: NDArray[np.int32]) -> tuple[IntArray, IntArray]:
+    """(token_N, rank_N): the rank that serves each choice made. Token t takes copy number t mod copies."""
+    token_N, choice_N = np.nonzero(expert_TK >= 0)
+    expert_N = expert_TK[token_N, choice_N]
     order_ER = np.argsort(~placement.held_RE.T, axis=1, kind="stable")
-    rank_N: NDArray[np.int64] = order_ER[expert_N, token_N % placement.copies_E[expert_N]]
-    return rank_N
+    return token_N, order_ER[expert_N, token_N % placement.copies_E[expert_N]]
 
 
 def moves_L(before: Plan, after: Plan) -> NDArray[np.int64]:

@@ -122,3 +122,13 @@ def working_table(placement_L: tuple[Placement, ...], topology: Topology) -> Int
             experts = placement.experts_of(rank)
             expert_LRS[layer, rank, : len(experts)] = experts
     return expert_LRS
+
+
+def table_of(rank_LE: IntArray, topology: Topology) -> IntArray:
+    """The working table of single copies whose ranks are given."""
+    table = free_slots(len(rank_LE), topology)
+    for layer, rank_E in enumerate(rank_LE):
+        for rank in range(topology.ranks):
+            experts = np.flatnonzero(rank_E == rank)
+            table[layer, rank, : len(experts)] = experts
+    return table

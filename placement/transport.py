@@ -26,9 +26,10 @@ def transport(gain_BNR: FloatArray, room_R: Sequence[int]) -> IntArray:
     item_BRS = np.full((problems, ranks, seats), items, dtype=np.int64)
     taken_BR = np.zeros((problems, ranks), dtype=np.int64)
     b = np.arange(problems)
+    rounding = float(np.abs(gain_BNR).max(initial=0.0)) * 1e-12
     for item in range(items):
         step_BRR, seat_BRR = _replacements(gain, item_BRS, items)
-        cost_BR, before_BR = _cheapest_chains(-gain[:, item], step_BRR)
+        cost_BR, before_BR = _cheapest_chains(-gain[:, item], step_BRR, rounding)
         end_B = np.where(taken_BR < room, cost_BR, np.inf).argmin(axis=1)
         _walk_back(item_BRS, taken_BR, seat_BRR, before_BR, end_B=end_B, item=item)
     rank_BN = np.zeros((problems, items + 1), dtype=np.int64)
@@ -50,7 +51,7 @@ def _replacements(gain: FloatArray, item_BRS: IntArray, nobody: int) -> tuple[Fl
     return step_BRR, seat_BRR
 
 
-def _cheapest_chains(direct_BR: FloatArray, step_BRR: FloatArray) -> tuple[FloatArray, IntArray]:
+def _cheapest_chains(direct_BR: FloatArray, step_BRR: FloatArray, rounding: float) -> tuple[FloatArray, IntArray]:
     """Cost of reaching each rank, and the rank before it on the way; -1 where the item goes there directly.
 
     Bellman-Ford. The seats so far are optimal for the items so far, so no cycle is profitable but by rounding, and a
@@ -58,12 +59,11 @@ def _cheapest_chains(direct_BR: FloatArray, step_BRR: FloatArray) -> tuple[Float
     """
     ranks = direct_BR.shape[1]
     cost_BR, before_BR = direct_BR.copy(), np.full(direct_BR.shape, -1, dtype=np.int64)
-    scale = np.abs(direct_BR).max(initial=0.0) * 1e-12
     for _ in range(ranks - 1):
         via_BRR = cost_BR[:, :, None] + step_BRR
         best_BR = via_BRR.argmin(axis=1)
         through_BR = np.take_along_axis(via_BRR, best_BR[:, None], axis=1)[:, 0]
-        better = through_BR < cost_BR - scale
+        better = through_BR < cost_BR - rounding
         if not better.any():
             break
         cost_BR = np.where(better, through_BR, cost_BR)
