@@ -25,7 +25,7 @@ DEAD_ZONE = 0.02
 class Option:
     """One course: step seconds and peak/mean on held-out windows, and what it takes to get there.
 
-    break_even_tokens: tokens each rank must process before the gain has paid for the move; infinite where it never does.
+    break_even_tokens: what each rank must process before the gain has paid for the move; infinite where it never does.
     """
 
     name: str
@@ -140,7 +140,7 @@ class _Judge:
     def _judged(self, name: str, seconds: float, peak: float, plan: Plan | None, move_seconds: float) -> Option:
         gain = float(self.now.step_W.mean()) - seconds
         tokens = self.held.load_WLE.sum(axis=2).mean() / self.topology.ranks
-        steps = 0.0 if move_seconds == 0 else move_seconds / gain if gain > 0 else math.inf
+        steps = move_seconds / gain if gain > 0 else 0.0 if name == "stay" else math.inf
         moves = 0 if plan is None else int(moves_L(self.start, plan).sum())
         return Option(
             name=name,

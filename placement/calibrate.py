@@ -49,10 +49,7 @@ def _torch(shape: ExpertShape) -> tuple[Callable[[int], None], str]:
         x = torch.ones(rows, shape.dim, device=device, dtype=dtype)
         for _ in range(shape.matrices - 1):
             hidden = x @ up
-        if shape.matrices > 1:
-            x = hidden @ down
-        else:
-            x = x @ up
+        _ = hidden @ down if shape.matrices > 1 else x @ up
         if gpu:
             torch.cuda.synchronize()
 
@@ -67,6 +64,6 @@ def _numpy(shape: ExpertShape) -> tuple[Callable[[int], None], str]:
         x = np.ones((rows, shape.dim), np.float32)
         for _ in range(shape.matrices - 1):
             hidden = x @ up
-        x @ up if shape.matrices == 1 else hidden @ down
+        _ = hidden @ down if shape.matrices > 1 else x @ up
 
     return run, f"numpy {np.__version__}, float32, {platform.machine()} CPU"

@@ -14,7 +14,7 @@ from placement.trace import LoadTrace
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """expert_bytes: of all layers, on the rank that holds most. peak_over_mean: of the worst layer. seconds: mean step."""
+    """expert_bytes: all layers, on the rank that holds most. peak_over_mean: of the worst layer. seconds: mean step."""
 
     ranks: int
     slots: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,16 +64,18 @@ def _cbc(problem: pulp.LpProblem, seconds: float, seed: int) -> Solved:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "cbc.log"
         options = [f"RandomS {seed % 2**31}", f"RandomC {seed % 2**31}"]
-        solver = pulp.getSolver(
-            "PULP_CBC_CMD",
-            msg=False,
-            timeLimit=seconds,
-            threads=1,
-            gapRel=0.0,
-            gapAbs=0.0,
-            logPath=str(log),
-            options=options,
-        )
+        with warnings.catch_warnings():
+            # PuLP 3 bundles CBC and warns that 4 will not.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            solver = pulp.PULP_CBC_CMD(
+                msg=False,
+                timeLimit=seconds,
+                threads=1,
+                gapRel=0.0,
+                gapAbs=0.0,
+                logPath=str(log),
+                options=options,
+            )
         problem.solve(solver)
         bounds = re.findall(r"Lower bound:\s+(-?[\d.]+(?:[eE][-+]?\d+)?)", log.read_text(errors="replace"))
     bound = float(bounds[-1]) if bounds else float("-inf")

@@ -196,6 +196,14 @@ class LoadTrace:
         kept = place_W[self.window_T] >= 0
         return replace(picked, expert_TLK=self.expert_TLK[kept], window_T=place_W[self.window_T[kept]])
 
+    def widened(self, num_experts: int) -> Self:
+        """The same with experts that nobody chose added after the last one."""
+        more = num_experts - self.num_experts
+        if more < 0:
+            raise ValueError(f"the trace has {self.num_experts} experts already; it cannot have {num_experts}")
+        pair_LEE = None if self.pair_LEE is None else np.pad(self.pair_LEE, ((0, 0), (0, more), (0, more)))
+        return replace(self, load_WLE=np.pad(self.load_WLE, ((0, 0), (0, 0), (0, more))), pair_LEE=pair_LEE)
+
     def split(self, every: int = 2) -> tuple[Self, Self]:
         """(fit, held out): every so-manyth window is held out, so both halves see the whole time and every scenario."""
         if self.windows < 2 or every < 2:
