@@ -25,6 +25,8 @@ from placement.trace import LoadTrace
 
 # Up to this many groupings of a layer the dynamic programme goes through all of them, and its answer is the optimum.
 EXACT = 400
+# Layers x experts^2 x ranks up to which the search does all its restarts and rounds; beyond, fewer in proportion.
+FULL_SEARCH = 26 * 64**2 * 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +37,15 @@ class Affinity:
     the load of all windows together. node_worth: what a hop within a node is worth beside one that stays on its rank.
     fan_out: what it is worth to have all choices of a token in a layer on one rank, beside keeping all its hops local.
     Spare slots go to copies, and only where single copies cannot keep the cap.
+    restarts, rounds: of the search where the optimum cannot be listed; large models get fewer.
     """
 
     balance_cap: float = math.inf
     most_scenarios: int = 1
     node_worth: float = 0.5
     fan_out: float = 0.0
-    restarts: int = 12
-    rounds: int = 10
+    restarts: int = 16
+    rounds: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -118,20 +121,22 @@ class Affinity:
     def _searched(self, problem: Capped) -> IntArray:
         """Many starts, their best layers recombined, then again from shaken copies of the best."""
         chain, random = problem.chain, np.random.default_rng(self.seed)
-        solution_BLE = chain.swept(chain.started(self.restarts, random))
+        size = chain.layers * chain.num_experts**2 * len(chain.room_R)
+        restarts, rounds = (max(round(most * min(FULL_SEARCH / size, 1.0)), 2) for most in (self.restarts, self.rounds))
+        solution_BLE = chain.swept(chain.started(restarts, random))
         best_LE: IntArray = solution_BLE[0]
         best_rank = (math.inf, 0.0)
-        for _ in range(self.rounds + 1):
+        for _ in range(rounds + 1):
             solution_BLE = self._improved(problem, solution_BLE)
             excess_B = problem.excess_BL(solution_BLE).sum(axis=1)
             kept_BLE = solution_BLE[excess_B == excess_B.min()]
-            mixed = self._improved(problem, chain.recombined(pools(kept_BLE, 2 * self.restarts))[None])
+            mixed = self._improved(problem, chain.recombined(pools(kept_BLE, 2 * restarts))[None])
             candidates = np.concatenate([kept_BLE, mixed])
             excess_B, worth_B = problem.excess_BL(candidates).sum(axis=1), problem.worth_B(candidates)
             first = int(np.lexsort((-worth_B, excess_B))[0])
             if (rank := (float(excess_B[first]), -float(worth_B[first]))) < best_rank:
                 best_LE, best_rank = candidates[first], rank
-            solution_BLE = _shaken(best_LE, self.restarts, random)
+            solution_BLE = _shaken(best_LE, restarts, random)
         return best_LE
 
     def _improved(self, problem: Capped, solution_BLE: IntArray) -> IntArray:

@@ -48,6 +48,8 @@ def plan(
     time_limit: Annotated[float, typer.Option(help="Seconds for all integer programmes together.")] = 60.0,
     seed: int = 0,
     speed: options.Speed = "",
+    memory_gb: options.Memory = "",
+    expert_mb: options.ExpertMb = 0.0,
     window: options.Window = 0,
     experts: options.Experts = 0,
     as_json: options.Json = False,
@@ -57,6 +59,7 @@ def plan(
         new_file(out)
         loads = options.traces(trace, window, experts)
         topology = options.topology(nodes, ranks_per_node, slots, speed, loads.num_experts)
+        topology = options.remembered(topology, memory_gb, expert_mb)
         before: Plan | None = None
         if start is not None:
             chosen, before = options.rebalancer(start, max_moves, seed)

@@ -42,6 +42,8 @@ Slots = Annotated[
 Window = Annotated[int, typer.Option(help="Cut the trace into windows of so many tokens; 0 keeps its own.")]
 Experts = Annotated[int, typer.Option(help="Experts of a layer, if the last were never chosen; 0 believes the trace.")]
 Speed = Annotated[str, typer.Option(help="Relative speed of each rank, such as 1,1,0.5,1.")]
+Memory = Annotated[str, typer.Option(help="GB that each rank has for the experts of one layer: one number or a list.")]
+ExpertMb = Annotated[float, typer.Option(help="MB of an expert of one layer, with --memory-gb.")]
 Curve = Annotated[Path | None, typer.Option(help="A curve that `moe-place calibrate` wrote; modelled without one.")]
 Dim = Annotated[int, typer.Option(help="Model width.")]
 Hidden = Annotated[int, typer.Option(help="An expert's hidden width.")]
@@ -73,6 +75,18 @@ def topology(nodes: int, ranks_per_node: int, slots: str, speed: str, num_expert
     return Topology(slots_R=tuple(each), ranks_per_node=ranks_per_node, speed_R=speed_R)
 
 
+def remembered(machine: Topology, memory_gb: str, expert_mb: float) -> Topology:
+    """No more slots on a rank than its memory holds."""
+    if not memory_gb:
+        return machine
+    if expert_mb <= 0:
+        raise ValueError("--memory-gb needs --expert-mb, the size of an expert")
+    listed = numbers(memory_gb, "--memory-gb")
+    memory = listed * machine.ranks if len(listed) == 1 else listed
+    limited = replace(machine, memory_R=tuple(int(gigabytes * 1e9) for gigabytes in memory))
+    return limited.holding(expert_bytes=round(expert_mb * 1e6))
+
+
 def numbers(text: str, option: str, count: int = 0) -> list[float]:
     try:
         values = [float(part) for part in text.split(",")]
@@ -80,7 +94,7 @@ def numbers(text: str, option: str, count: int = 0) -> list[float]:
         raise ValueError(f"{option} must be numbers with commas between; got {text!r}") from None
     if count and len(values) != count:
         raise ValueError(f"{option} needs {count} numbers, one for each rank; got {len(values)}")
-    if option != "--speed" and any(value % 1 for value in values):
+    if option not in {"--speed", "--memory-gb"} and any(value % 1 for value in values):
         raise ValueError(f"{option} must be whole numbers; got {text!r}")
     return values
 

@@ -1,6 +1,6 @@
 """Do the planners keep what they promise? Balance and speed beside EPLB, held-out batches, hops under a cap, drift.
 
-    python scripts/bench/placement.py [--data DIR] [--eplb PATH_TO_A_COPY_OF/eplb.py]
+    python -m scripts.bench.placement [--data DIR] [--eplb PATH_TO_A_COPY_OF/eplb.py]
 
 Without --data only generated loads are used; without --eplb, EPLB is our drop-in of it, and no speed is compared.
 """
@@ -13,18 +13,19 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from placement import LoadTrace, Packed, Placement, Plan, RoundRobin, Topology, merge
+from placement import LoadTrace, Packed, Placement, Plan, Planner, RoundRobin, Topology, merge
 from placement.affinity import Affinity
 from placement.eplb import rebalance_experts
 from placement.formats import read_trace
 from placement.groups import PricedGroups, StrictGroups, stray_L
 from placement.ilp import Ilp
-from placement.metrics import fan_out, moves_L, peak_over_mean, peak_over_mean_L, rank_load_WLR
+from placement.metrics import fan_out, local_share, moves_L, peak_over_mean, peak_over_mean_L, rank_load_WLR
 from placement.rebalance import Rebalance
 from placement.robust import Robust
 
@@ -98,10 +99,10 @@ def against_eplb(eplb: Table, repeats: int, compare_speed: bool) -> None:
             )
             ours, theirs, peak = [], [], float("nan")
             for _ in range(repeats):
-                plan, seconds = timed(lambda trace=trace, topology=topology: Packed()(trace, topology))
+                plan, seconds = timed(partial(Packed(), trace, topology))
                 ours.append(seconds)
                 if slots % ranks == 0:
-                    (phy2log, _, _), seconds = timed(lambda s=slots, r=ranks, w=load_LE: eplb(w, s, 1, 1, r))
+                    (phy2log, _, _), seconds = timed(partial(eplb, load_LE, slots, 1, 1, ranks))
                     theirs.append(seconds)
                     peak = flat_peak(phy2log, load_LE, ranks)
             own = float(peak_over_mean_L(plan, load_LE, topology).mean())
@@ -123,12 +124,10 @@ def flat_peak(phy2log: Any, load_LE: Any, ranks: int) -> float:
 def priced_groups() -> None:
     trace = LoadTrace(load_WLE=loads()["lognormal 1"][None, :12])
     topology = Topology.sharing(slots=320, ranks=64, ranks_per_node=16)
-    body = []
-    for name, planner in (
-        ("flat", Packed()),
-        ("strict", StrictGroups(groups=8)),
-        *((f"price {price}", PricedGroups(groups=8, price=price)) for price in (0.02, 0.1, 0.5)),
-    ):
+    body: list[tuple[Any, ...]] = []
+    planners: dict[str, Planner] = {"flat": Packed(), "strict": StrictGroups(groups=8)}
+    planners |= {f"price {price}": PricedGroups(groups=8, price=price) for price in (0.02, 0.1, 0.5)}
+    for name, planner in planners.items():
         plan = planner(trace, topology)
         peak = float(peak_over_mean_L(plan, trace.load_LE, topology).mean())
         body.append((name, peak, float(stray_L(plan.placement_L, trace.load_LE, topology, 8).mean())))
@@ -142,17 +141,10 @@ def drift() -> None:
     topology = Topology.sharing(slots=288, ranks=32, ranks_per_node=8)
     start, anew = Packed()(before, topology), Packed()(after, topology)
     body: list[tuple[Any, ...]] = []
-    for name, plan in (
-        ("stay", start),
-        *(
-            (f"budget {budget}", Rebalance(start=start, most_moves=budget)(after, topology))
-            for budget in (8, 16, 32, 60)
-        ),
-        ("plan anew", anew),
-    ):
-        body.append(
-            (name, float(peak_over_mean_L(plan, after.load_LE, topology).mean()), int(moves_L(start, plan).max()))
-        )
+    plans = {f"budget {most}": Rebalance(start=start, most_moves=most)(after, topology) for most in (8, 16, 32, 60)}
+    for name, plan in {"stay": start, **plans, "plan anew": anew}.items():
+        peak = float(peak_over_mean_L(plan, after.load_LE, topology).mean())
+        body.append((name, peak, int(moves_L(start, plan).max())))
     rows("A drifting load, 288/32", ("", "peak/mean", "most fetches of a layer"), body)
 
 
@@ -181,8 +173,6 @@ def held_out(data: Path, eplb: Table) -> None:
 def hops(data: Path) -> None:
     for name in ("deepseek_v2_lite_top6", "gpt_oss_20b_top4"):
         trace = read_trace(data / f"{name}.npz")
-        topology = Topology.even(ranks=8, slots=trace.num_experts // 8, ranks_per_node=4)
-        flat = Topology.even(ranks=8, slots=trace.num_experts // 8, ranks_per_node=8)
         planners: dict[str, Any] = {
             "dealt round": RoundRobin(),
             "affinity alone": Affinity(),
@@ -190,18 +180,20 @@ def hops(data: Path) -> None:
             "cap 1.05": Affinity(balance_cap=1.05),
             "cap 1.05, blocks by HiGHS": Ilp(balance_cap=1.05, seconds=60),
         }
-        body: list[tuple[Any, ...]] = []
-        for what, planner in planners.items():
-            plan, seconds = timed(lambda planner=planner: planner(trace, flat))
-            assert trace.follow_LEE is not None
-            assert trace.expert_TLK is not None
-            stay = float(plan.provenance.get("local", np.nan))
-            bound = float(plan.provenance.get("local_bound", np.nan))
-            worst = float(peak_over_mean_L(plan, trace.load_LE, flat).max())
-            reach = [fan_out(plan, trace.expert_TLK, group) for group in (range(8), topology.node_R)]
-            body.append((what, stay, bound, worst, *reach, f"{seconds:.1f} s"))
+        body = [(what, *hop_scores(planner, trace)) for what, planner in planners.items()]
         head = ("", "hops that stay", "bound", "worst layer", "ranks a token", "nodes a token (2 x 4)", "planning")
         rows(f"{name}: hops on 8 ranks", head, body)
+
+
+def hop_scores(planner: Planner, trace: LoadTrace) -> tuple[Any, ...]:
+    assert trace.follow_LEE is not None
+    assert trace.expert_TLK is not None
+    topology = Topology.even(ranks=8, slots=trace.num_experts // 8, ranks_per_node=8)
+    plan, seconds = timed(lambda: planner(trace, topology))
+    bound = plan.provenance.get("local_bound", "-")
+    worst = float(peak_over_mean_L(plan, trace.load_LE, topology).max())
+    reach = [fan_out(plan, trace.expert_TLK, group) for group in (range(8), (0, 0, 0, 0, 1, 1, 1, 1))]
+    return local_share(plan, trace.follow_LEE, range(8)), bound, worst, *reach, f"{seconds:.1f} s"
 
 
 if __name__ == "__main__":

@@ -125,6 +125,8 @@ def test_groups_are_priced_or_strict(tmp_path: Path, trace: Path) -> None:
         (("--balance-cap", "1.1", "--planner", "packed"), "--balance-cap is for affinity and ilp"),
         (("--groups", "5", "--planner", "packed"), "32 experts do not divide into 5 groups"),
         (("--speed", "1,2"), "--speed needs 4 numbers"),
+        (("--memory-gb", "0.07", "--expert-mb", "10"), "32 experts do not fit 4 ranks with 28 slots in all"),
+        (("--memory-gb", "1"), "--memory-gb needs --expert-mb"),
         (("--nodes", "0"), "--nodes and --ranks-per-node must be at least 1"),
         (("--experts", "4"), "more than --experts 4"),
     ],
