@@ -23,7 +23,8 @@ def recorded(seed: int, task: str, batches: int = 8) -> LoadTrace:
     """What a recorder would hand over: rows sent to each expert, batch by batch. Each task likes its own experts."""
     random = np.random.default_rng(seed)
     taste_LE = random.lognormal(0.0, 0.8, (LAYERS, EXPERTS))
-    return LoadTrace(load_WLE=random.poisson(100 * taste_LE, (batches, LAYERS, EXPERTS)), name_W=[task] * batches)
+    rows_WLE = random.poisson(100 * taste_LE, (batches, LAYERS, EXPERTS)).astype(np.float64)
+    return LoadTrace(load_WLE=rows_WLE, name_W=(task,) * batches)
 
 
 def main() -> None:

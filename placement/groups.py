@@ -63,15 +63,15 @@ class StrictGroups:
             speed_R=tuple(topology.speed_R[rank] for rank in rank_N),
             memory_R=(),
         )
-        held_L = (group_LS >= 0).sum(axis=1)
-        for held in np.unique(held_L[held_L > 0]).tolist():
-            layer_N = np.flatnonzero(held_L == held)
-            group_NG = np.sort(group_LS[layer_N], axis=1)[:, -held:]
-            expert_NE = (group_NG[:, :, None] * size + np.arange(size)).reshape(len(layer_N), -1)
-            local = self.packed.pack(np.take_along_axis(load_LE[layer_N], expert_NE, axis=1), node)
-            row = np.arange(len(layer_N))[:, None, None]
-            named = np.where(local >= 0, expert_NE[row, np.maximum(local, 0)], local)
-            table[layer_N[:, None], rank_N[None], : named.shape[2]] = named
+        # Every node takes the same number of groups in every layer: the whole machine has room for just so many.
+        held = int((group_LS[0] >= 0).sum())
+        if not held:
+            return
+        group_LG = np.sort(group_LS, axis=1)[:, -held:]
+        expert_LE = (group_LG[:, :, None] * size + np.arange(size)).reshape(len(load_LE), -1)
+        local = self.packed.pack(np.take_along_axis(load_LE, expert_LE, axis=1), node)
+        row = np.arange(len(load_LE))[:, None, None]
+        table[:, rank_N, : local.shape[2]] = np.where(local >= 0, expert_LE[row, np.maximum(local, 0)], local)
 
 
 @dataclass(frozen=True, kw_only=True)

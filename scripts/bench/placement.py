@@ -180,8 +180,19 @@ def hops(data: Path) -> None:
             "cap 1.05": Affinity(balance_cap=1.05),
             "cap 1.05, blocks by HiGHS": Ilp(balance_cap=1.05, seconds=60),
         }
+        if trace.windows > 1:
+            planners["cap 1.05 in each task"] = Affinity(balance_cap=1.05, most_scenarios=trace.windows)
         body = [(what, *hop_scores(planner, trace)) for what, planner in planners.items()]
-        head = ("", "hops that stay", "bound", "worst layer", "ranks a token", "nodes a token (2 x 4)", "planning")
+        head = (
+            "",
+            "hops that stay",
+            "bound",
+            "worst layer",
+            "worst task",
+            "ranks a token",
+            "nodes (2 x 4)",
+            "planning",
+        )
         rows(f"{name}: hops on 8 ranks", head, body)
 
 
@@ -193,7 +204,8 @@ def hop_scores(planner: Planner, trace: LoadTrace) -> tuple[Any, ...]:
     bound = plan.provenance.get("local_bound", "-")
     worst = float(peak_over_mean_L(plan, trace.load_LE, topology).max())
     reach = [fan_out(plan, trace.expert_TLK, group) for group in (range(8), (0, 0, 0, 0, 1, 1, 1, 1))]
-    return local_share(plan, trace.follow_LEE, range(8)), bound, worst, *reach, f"{seconds:.1f} s"
+    task = float(peak_over_mean(rank_load_WLR(plan, trace.load_WLE), topology.speed_R).mean(axis=1).max())
+    return local_share(plan, trace.follow_LEE, range(8)), bound, worst, task, *reach, f"{seconds:.1f} s"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from placement import Packed, Plan, RoundRobin, Topology
+from placement import Packed, Plan, Topology
 from placement.formats import ENGINES, read_plan, read_trace, write_plan
 from tests.placement.strategies import choices, drawn_loads
 
@@ -39,7 +39,7 @@ def test_a_plan_written_for_an_engine_comes_back_as_it_was(tmp_path: Path, engin
 def deep_model() -> Plan:
     """58 layers of a model of 61 whose first three are dense."""
     trace = replace(drawn_loads(0, layers=58, experts=16), layer_L=tuple(range(3, 61)), layers_in_model=61)
-    return RoundRobin()(trace, Topology.even(ranks=4, slots=4, ranks_per_node=4))
+    return Packed()(trace, Topology.even(ranks=4, slots=4, ranks_per_node=4))
 
 
 def test_sglang_gets_one_key_and_a_row_for_every_layer_dense_ones_too(tmp_path: Path) -> None:
@@ -48,6 +48,8 @@ def test_sglang_gets_one_key_and_a_row_for_every_layer_dense_ones_too(tmp_path: 
     assert list(written) == ["physical_to_logical_map"]
     assert len(written["physical_to_logical_map"]) == 61
     assert all(sorted(row) == list(range(16)) for row in written["physical_to_logical_map"])
+    planned = [placement.expert_RS.ravel().tolist() for placement in deep_model().placement_L]
+    assert written["physical_to_logical_map"][3:] == planned
 
 
 def test_tensorrt_llm_gets_the_models_own_layer_numbers(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from placement import Packed, Topology
@@ -14,10 +14,17 @@ from tests.placement.strategies import drawn_loads
 TOPOLOGY = Topology.even(ranks=8, slots=5, ranks_per_node=2)
 
 
-@given(st.integers(0, 99), st.sampled_from([4, 8]), st.sampled_from([(5,) * 8, (6, 4, 6, 4, 5, 5, 4, 6)]))
-@settings(max_examples=10, deadline=None)
-def test_strict_groups_stay_whole_on_a_node(seed: int, groups: int, slots_R: tuple[int, ...]) -> None:
-    topology = Topology(slots_R=slots_R, ranks_per_node=2)
+@given(
+    st.integers(0, 99),
+    st.sampled_from([4, 8]),
+    st.sampled_from([(5,) * 8, (6, 4, 6, 4, 5, 5, 4, 6)]),
+    st.integers(2, 5),
+)
+@settings(max_examples=15, deadline=None)
+def test_strict_groups_stay_whole_on_a_node(seed: int, groups: int, slots_R: tuple[int, ...], node: int) -> None:
+    topology = Topology(slots_R=slots_R, ranks_per_node=node)
+    room = [sum(slots_R[at : at + node]) // (32 // groups) for at in range(0, 8, node)]
+    assume(sum(room) >= groups)
     trace = drawn_loads(seed, layers=2)
     plan = assert_keeps_the_planner_contract(StrictGroups(groups=groups), trace, topology)
     np.testing.assert_allclose(stray_L(plan.placement_L, trace.load_LE, topology, groups), 0, atol=1e-12)

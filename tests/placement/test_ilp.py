@@ -44,6 +44,8 @@ def test_the_balance_programme_is_exact(seed: int) -> None:
     )
     assert plan.certificate_L[0].peak_over_mean == pytest.approx(best / (trace.load_LE.sum() / 4))
     assert plan.certificate_L[0].status == "optimal"
+    solved, _ = programmes.balance(load_E, topology, 60, 0)
+    assert solved.value == pytest.approx(best)
 
 
 def test_counts_and_places_are_one_programme_where_there_are_spare_slots() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement import Certificate, Link, Packed, Placement, Plan, RoundRobin, Topology, verify
-from placement.metrics import moves_L, peak_over_mean, rank_load_WLR
+from placement.metrics import moves_L, peak_over_mean, rank_load_WLR, token_rank
 from tests.placement.strategies import drawn_loads, loads, topologies
 
 pytestmark = pytest.mark.fast
@@ -153,3 +153,11 @@ def test_moves_count_what_ranks_must_fetch() -> None:
     assert moves_L(before, after).tolist() == [2]
     with pytest.raises(ValueError, match="cannot compare"):
         moves_L(before, RoundRobin()(drawn_loads(0, layers=1), EVEN))
+
+
+def test_tokens_take_the_copies_of_an_expert_in_turn() -> None:
+    placement = Placement(expert_RS=np.array([[0, 1], [0, 2], [0, 3]]))
+    tokens, ranks = token_rank(placement, np.array([[0, 3]] * 6, dtype=np.int32))
+    assert ranks[0::2].tolist() == [0, 1, 2, 0, 1, 2]
+    assert ranks[1::2].tolist() == [2] * 6
+    assert tokens.tolist() == [t for t in range(6) for _ in range(2)]

@@ -50,6 +50,14 @@ def test_held_out_batches_of_single_tasks_are_better_balanced_than_by_the_sum(na
     assert excess(Robust()) <= 0.7 * excess(Packed())
 
 
+def test_copies_go_to_whoever_is_hot_in_some_scenario_not_to_whoever_is_warm_in_all() -> None:
+    load_WLE = np.ones((3, 1, 8))
+    load_WLE[0, 0, 0] = 20  # hot in one scenario of three
+    load_WLE[:, 0, 1] = 7.5  # warm in every one
+    plan = Robust(tail=0.0)(LoadTrace(load_WLE=load_WLE), Topology.even(ranks=3, slots=3, ranks_per_node=3))
+    assert plan.placement_L[0].copies_E.argmax() == 0
+
+
 @pytest.mark.fast
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=6), st.floats(0, 1))
 def test_risk_lies_between_the_mean_and_the_worst(values: list[float], tail: float) -> None:
