@@ -171,6 +171,7 @@ def with_hops(plan: Plan, trace: LoadTrace, topology: Topology) -> Plan:
     if pair_LEE is None or not len(pair_LEE):
         return plan
     stay_L, bound_L = local_L(plan, pair_LEE, range(plan.ranks)), local_bound_L(pair_LEE, topology)
+    assert (stay_L <= bound_L + 1e-9).all(), "more hops stay than the bound allows: the bound is wrong"
     certificate_L = [
         replace(certificate, local=float(stay), local_bound=float(max(stay, bound)), method=METHOD)
         for certificate, stay, bound in zip(plan.certificate_L, stay_L, bound_L, strict=False)

@@ -68,10 +68,8 @@ def verify(plan: Plan, trace: LoadTrace) -> tuple[Verdict, ...]:
     bound_L = peak_bound_L(trace.load_LE, plan.topology)
     hop_faults_L: list[list[str]] = [[]] * trace.layers
     if trace.follow_LEE is not None and any(certificate.local is not None for certificate in plan.certificate_L):
-        stay_L, most_L = (
-            local_L(plan, trace.follow_LEE, range(plan.ranks)),
-            local_bound_L(trace.follow_LEE, plan.topology),
-        )
+        stay_L = local_L(plan, trace.follow_LEE, range(plan.ranks))
+        most_L = local_bound_L(trace.follow_LEE, plan.topology)
         hops = zip(plan.certificate_L, stay_L.tolist(), most_L.tolist(), strict=False)
         hop_faults_L[: trace.layers - 1] = [_hop_faults(*hop) for hop in hops]
     return tuple(

@@ -50,6 +50,8 @@ class Ilp:
         made: Provenance = {"planner": "ilp", "programme": "balance", "seed": self.seed}
         mean_L = trace.load_LE.sum(axis=1) / sum(topology.speed_R)
         bound_L = peak_bound_L(trace.load_LE, topology)
+        naming = trace.follow_LEE is not None and trace.layers > 1 and topology.slots == trace.num_experts
+        limit = self.seconds / (trace.layers * (2 if naming else 1))
         placement_L, proved_L = [], []
         for layer, (start, certificate) in enumerate(zip(plan.placement_L, plan.certificate_L, strict=True)):
             if certificate.gap <= ROUNDING:
@@ -57,12 +59,12 @@ class Ilp:
                 proved_L.append(0.0)
                 continue
             load_E = trace.load_LE[layer] / mean_L[layer]
-            solved, held_RE = programmes.balance(load_E, topology, self.seconds / trace.layers, self.seed)
+            solved, held_RE = programmes.balance(load_E, topology, limit, self.seed)
             better = solved.found and _peak(held_RE, load_E, topology) < _peak(start.held_RE, load_E, topology)
             placement_L.append(_placement(held_RE) if better else start)
             # Feasibility tolerances let a solver's bound overshoot by a hair.
             proved_L.append(solved.bound * (1 - 1e-6) if math.isfinite(solved.bound) else 0.0)
-        if trace.follow_LEE is not None and trace.layers > 1 and topology.slots == trace.num_experts:
+        if naming:
             placement_L, made = self._named(placement_L, trace, topology, made)
         planned = certified(placement_L, trace, topology, made)
         value_L = peak_over_mean_L(planned, trace.load_LE, topology)
@@ -74,7 +76,7 @@ class Ilp:
         assert trace.follow_LEE is not None
         group_LE = np.stack([placement.home_E for placement in placement_L])
         flow = flow_LGG(group_LE, trace.follow_LEE, topology.ranks)
-        rank_LG, proved = named(flow, topology, self.seconds, self.seed)
+        rank_LG, proved = named(flow, topology, self.seconds / 2, self.seed)
         renamed = [
             placements(table_of(rank_G[g][None], topology))[0] for rank_G, g in zip(rank_LG, group_LE, strict=True)
         ]
@@ -132,11 +134,19 @@ class IlpWhole:
         pair_LEE = trace.follow_LEE
         if pair_LEE is None or trace.layers < 2 or topology.slots > trace.num_experts:
             raise ValueError("the whole programme needs two layers or more, and a slot for each expert and no more")
-        load_LKE = affinity.problem(trace, topology).load_LKE
-        solved, rank_LE = programmes.whole(pair_LEE, load_LKE, topology, self.balance_cap, self.seconds, seed=self.seed)
+        problem = affinity.problem(trace, topology)
+        solved, rank_LE = programmes.whole(
+            pair_LEE, problem.load_LKE, topology, self.balance_cap, self.seconds, seed=self.seed
+        )
         if solved.infeasible:
             raise ValueError(f"no placement keeps a balance cap of {self.balance_cap}; raise the cap, or add slots")
-        apart = (1 - float(start.provenance["local"])) * float(pair_LEE.sum())
+        started_LE = np.stack([placement.home_E for placement in start.placement_L])
+        kept = not problem.excess_BL(started_LE[None]).any()
+        if not kept and not solved.found:
+            raise ValueError(
+                f"no plan within a balance cap of {self.balance_cap} was found in time; allow more of both"
+            )
+        apart = (1 - float(start.provenance["local"])) * float(pair_LEE.sum()) if kept else math.inf
         better = solved.found and solved.value < apart * (1 - ROUNDING)
         placement_L = placements(table_of(rank_LE, topology)) if better else start.placement_L
         crossing = min(solved.value, apart)

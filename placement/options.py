@@ -54,7 +54,8 @@ def traces(paths: Sequence[Path], window: int, experts: int) -> LoadTrace:
     most = max([experts, *(trace.num_experts for trace in read)])
     if experts and most > experts:
         raise ValueError(f"the trace has {most} experts, more than --experts {experts}")
-    trace = merge([trace.widened(most) for trace in read])
+    # Choices show an expert only once it is chosen; tables of loads have a place for each, and must agree.
+    trace = merge([trace if trace.expert_TLK is None and not experts else trace.widened(most) for trace in read])
     return trace.windowed(window) if window else trace
 
 

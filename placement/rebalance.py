@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,6 +42,7 @@ class Rebalance:
         require_same_shape(self.start, trace.layers, trace.num_experts)
         if self.start.ranks != topology.ranks:
             raise ValueError(f"the plan has {self.start.ranks} ranks, the topology {topology.ranks}; plan anew")
+        replace(self.start, topology=topology)  # refuses a topology that has lost slots which the plan fills
         made: Provenance = {
             "planner": "rebalance",
             "seed": self.seed,

@@ -161,6 +161,13 @@ def test_recordings_given_together_are_merged(tmp_path: Path) -> None:
     assert said["planner"] == "robust"
 
 
+def test_tables_of_loads_of_different_models_are_not_merged(tmp_path: Path) -> None:
+    for experts in (16, 32):
+        drawn_loads(0, layers=2, experts=experts).save(tmp_path / f"{experts}.npz")
+    said = run("plan", tmp_path / "16.npz", tmp_path / "32.npz", *MACHINE, "-o", tmp_path / "p", code=2)
+    assert "merge traces of one model" in said
+
+
 def test_convert_writes_for_engines_and_keeps_traces(tmp_path: Path, trace: Path) -> None:
     run("plan", trace, *MACHINE, "--planner", "packed", "-o", tmp_path / "p")
     run("convert", tmp_path / "p", tmp_path / "p.yaml", "--to", "trtllm")

@@ -20,7 +20,7 @@ TOPOLOGY = Topology.even(ranks=8, slots=5, ranks_per_node=2)
     st.sampled_from([(5,) * 8, (6, 4, 6, 4, 5, 5, 4, 6)]),
     st.integers(2, 5),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_strict_groups_stay_whole_on_a_node(seed: int, groups: int, slots_R: tuple[int, ...], node: int) -> None:
     topology = Topology(slots_R=slots_R, ranks_per_node=node)
     room = [sum(slots_R[at : at + node]) // (32 // groups) for at in range(0, 8, node)]

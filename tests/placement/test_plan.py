@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement import Certificate, Link, Packed, Placement, Plan, RoundRobin, Topology, verify
@@ -118,6 +118,7 @@ def test_peaks_weigh_speed_and_an_idle_layer_is_even() -> None:
 
 
 @given(st.data())
+@settings(max_examples=15)
 def test_copies_share_a_load_and_lose_none_of_it(data: st.DataObject) -> None:
     trace = data.draw(loads(windows=2))
     plan = Packed()(trace, data.draw(topologies(trace.num_experts)))

@@ -72,3 +72,11 @@ def test_a_start_of_other_ranks_is_refused() -> None:
     start = Packed()(before, topology)
     with pytest.raises(ValueError, match="the plan has 32 ranks, the topology 64"):
         Rebalance(start=start, most_moves=1)(after, Topology.sharing(slots=288, ranks=64, ranks_per_node=8))
+
+
+def test_a_topology_that_lost_slots_which_the_plan_fills_is_refused() -> None:
+    before, after, topology = drift(3)
+    start = Packed()(before, topology)
+    smaller = Topology.sharing(slots=256, ranks=32, ranks_per_node=8)
+    with pytest.raises(ValueError, match="layer 0 puts 9 experts on rank 0 of 8 slots"):
+        Rebalance(start=start, most_moves=1)(after, smaller)
