@@ -143,9 +143,7 @@ class IlpWhole:
         started_LE = np.stack([placement.home_E for placement in start.placement_L])
         kept = not problem.excess_BL(started_LE[None]).any()
         if not kept and not solved.found:
-            raise ValueError(
-                f"no plan within a balance cap of {self.balance_cap} was found in time; allow more of both"
-            )
+            raise ValueError(f"found no plan within a balance cap of {self.balance_cap} in time; allow more of both")
         apart = (1 - float(start.provenance["local"])) * float(pair_LEE.sum()) if kept else math.inf
         better = solved.found and solved.value < apart * (1 - ROUNDING)
         placement_L = placements(table_of(rank_LE, topology)) if better else start.placement_L
