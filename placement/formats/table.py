@@ -28,7 +28,8 @@ def read_npz(values: dict[str, Any], path: Path) -> LoadTrace:
             return LoadTrace(load_WLE=load if load.ndim == 3 else load[None])
     tasks = sorted(name for name in values if name == "ids" or name.endswith("_ids"))
     if not tasks:
-        raise ValueError(f"{path}: found {sorted(values)}; expected one of {', '.join(LOADS)}, ids or <task>_ids")
+        found = ", ".join(sorted(values)[:4]) + (", ..." if len(values) > 4 else "")
+        raise ValueError(f"{path}: found the fields {found}; expected one of {', '.join(LOADS)}, ids or <task>_ids")
     choices = {task: whole(values[task], task, path, (2, 3)) for task in tasks}
     most = max(int(ids.max()) for ids in choices.values()) + 1
     experts = int(values["num_experts"]) if "num_experts" in values else most

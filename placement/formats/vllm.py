@@ -59,8 +59,10 @@ def write_ascend(plan: Plan) -> bytes:
 
 
 def read_ascend(values: Any, path: Path) -> Plan:
+    if "layer_list" not in values:
+        raise ValueError(f"{path}: not a plan of ours or of an engine: field 'layer_list' is missing")
     placement_L = []
-    for index, layer in enumerate(field(values, "layer_list", path)):
+    for index, layer in enumerate(values["layer_list"]):
         rows = [list(field(device, "device_expert", path)) for device in field(layer, "device_list", path)]
         width = max(len(row) for row in rows)
         try:
