@@ -1,7 +1,53 @@
-"""Where does an expert live? Plans, made offline, of which rank holds which expert. numpy only, never torch."""
+"""Where does an expert live? Plans, made offline, of which rank holds which expert. numpy and a solver; never torch."""
 
-from placement.greedy import RoundRobin
-from placement.plan import Certificate, Placement, Plan
+from placement.advise import Advice, advise
+from placement.affinity import Affinity
+from placement.bounds import Certificate
+from placement.calibrate import calibrate
+from placement.certify import Verdict, verify
+from placement.eplb import rebalance_experts
+from placement.greedy import Packed, Planner, RoundRobin
+from placement.groups import PricedGroups, StrictGroups
+from placement.ilp import Ilp, IlpWhole
+from placement.merge import merge
+from placement.plan import Placement, Plan
+from placement.rebalance import Rebalance
+from placement.robust import Robust
+from placement.simulate import ExpertShape, GemmCurve, Simulation, simulate
+from placement.size import Size, size
 from placement.topology import INFINIBAND, NVLINK, Link, Topology
+from placement.trace import LoadTrace
 
-__all__ = ["INFINIBAND", "NVLINK", "Certificate", "Link", "Placement", "Plan", "RoundRobin", "Topology"]
+__all__ = [
+    "INFINIBAND",
+    "NVLINK",
+    "Advice",
+    "Affinity",
+    "Certificate",
+    "ExpertShape",
+    "GemmCurve",
+    "Ilp",
+    "IlpWhole",
+    "Link",
+    "LoadTrace",
+    "Packed",
+    "Placement",
+    "Plan",
+    "Planner",
+    "PricedGroups",
+    "Rebalance",
+    "Robust",
+    "RoundRobin",
+    "Simulation",
+    "Size",
+    "StrictGroups",
+    "Topology",
+    "Verdict",
+    "advise",
+    "calibrate",
+    "merge",
+    "rebalance_experts",
+    "simulate",
+    "size",
+    "verify",
+]

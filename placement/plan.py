@@ -1,8 +1,8 @@
 """Placement: where one layer's experts live. Plan: a placement per layer, with where it came from and what it proves.
 
-A file holds one Plan as JSON: {"schema", "fingerprint", "provenance", "layers": [{"expert_RS", "certificate"}]}. The
-fingerprint covers the placements alone: two plans that put every expert in the same place have the same one, whoever
-made them.
+A file holds one Plan as JSON: {"schema", "fingerprint", "provenance", "topology", "layer_L", "layers": [{"expert_RS",
+"certificate"}]}; topology and certificates where they are known. The fingerprint covers the placements alone: two plans
+that put every expert in the same place have the same one, whoever made them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-IntArray = NDArray[np.int64]
+from placement.arrays import IntArray
+from placement.bounds import Certificate
+from placement.files import write_whole
+from placement.topology import Topology
+
 SCHEMA = "evenmoe.plan/1"
 EMPTY = -1
+Provenance = Mapping[str, str | int | float]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,21 +122,17 @@ class Placement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Certificate:
-    """No placement of this layer can have a peak/mean below bound; this one has (1 + gap) * bound."""
-
-    bound: float
-    gap: float
-    method: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A Placement for each layer, its provenance and, where the planner proved them, a certificate for each layer."""
+    """A Placement for each layer, its provenance and, from a planner, a certificate for each layer and the topology.
+
+    layer_L: the model's own number of each layer, where a dense layer takes a number; 0, 1, ... where not given.
+    """
 
     placement_L: tuple[Placement, ...]
     certificate_L: tuple[Certificate, ...] = ()
-    provenance: Mapping[str, str | int | float] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=dict)
+    topology: Topology | None = None
+    layer_L: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placement_L", tuple(self.placement_L))
@@ -144,6 +146,25 @@ class Plan:
         ranks = {placement.ranks for placement in self.placement_L}
         if len(ranks) > 1:
             raise ValueError(f"the layers of a Plan must share their ranks; got placements on {sorted(ranks)} ranks")
+        layer_L = tuple(int(layer) for layer in self.layer_L) or tuple(range(len(self.placement_L)))
+        object.__setattr__(self, "layer_L", layer_L)
+        if len(layer_L) != len(self.placement_L) or layer_L[0] < 0 or any(a >= b for a, b in pairwise(layer_L)):
+            raise ValueError(
+                f"layer_L needs {len(self.placement_L)} ascending numbers >= 0, one a layer; got {layer_L}"
+            )
+        if self.topology is not None:
+            self._check_topology(self.topology)
+
+    def _check_topology(self, topology: Topology) -> None:
+        if topology.ranks != self.ranks:
+            raise ValueError(f"the topology has {topology.ranks} ranks, the placements have {self.ranks}")
+        for layer, placement in enumerate(self.placement_L):
+            held_R = (placement.expert_RS != EMPTY).sum(axis=1)
+            if (over := np.flatnonzero(held_R > np.array(topology.slots_R))).size:
+                rank = int(over[0])
+                raise ValueError(
+                    f"layer {layer} puts {held_R[rank]} experts on rank {rank} of {topology.slots_R[rank]} slots"
+                )
 
     @property
     def ranks(self) -> int:
@@ -159,13 +180,16 @@ class Plan:
         """Deterministic to the byte."""
         layers: list[dict[str, Any]] = [{"expert_RS": p.expert_RS.tolist()} for p in self.placement_L]
         for layer, certificate in zip(layers, self.certificate_L, strict=False):
-            layer["certificate"] = vars(certificate)
+            layer["certificate"] = certificate.fields()
         document = {
             "schema": SCHEMA,
             "fingerprint": self.fingerprint,
             "provenance": dict(sorted(self.provenance.items())),
+            "layer_L": list(self.layer_L),
             "layers": layers,
         }
+        if self.topology is not None:
+            document["topology"] = self.topology.fields()
         return json.dumps(document, allow_nan=False) + "\n"
 
     @classmethod
@@ -187,9 +211,17 @@ class Plan:
             if "certificate" in layer
         )
         provenance = _field(document, "provenance", dict, source)
+        topology = _topology(document["topology"], source) if "topology" in document else None
+        layer_L = _field(document, "layer_L", list, source) if "layer_L" in document else ()
         try:
-            plan = cls(placement_L=placements, certificate_L=certificates, provenance=provenance)
-        except ValueError as error:
+            plan = cls(
+                placement_L=placements,
+                certificate_L=certificates,
+                provenance=provenance,
+                topology=topology,
+                layer_L=tuple(layer_L),
+            )
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: field 'layers': {error}") from None
         written = _field(document, "fingerprint", str, source)
         if written != plan.fingerprint:
@@ -201,13 +233,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Atomic: the file is whole or not there."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(self.to_json(), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -238,9 +264,15 @@ def _placement(layer: object, where: str, source: str) -> Placement:
         raise ValueError(f"{source}: field '{where}.expert_RS': {error}") from None
 
 
-def _certificate(fields: object, where: str, source: str) -> Certificate:
+def _certificate(fields: Any, where: str, source: str) -> Certificate:
     try:
-        bound, gap, method = (fields[name] for name in ("bound", "gap", "method"))  # type: ignore[index]
-        return Certificate(bound=float(bound), gap=float(gap), method=str(method))
+        return Certificate.read(fields)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: field '{where}' is damaged: {error}") from None
+
+
+def _topology(fields: Any, source: str) -> Topology:
+    try:
+        return Topology.read(fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: field 'topology' is damaged: {error}") from None

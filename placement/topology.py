@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class Link:
     bandwidth: float
 
     def __post_init__(self) -> None:
-        if self.latency < 0 or self.bandwidth <= 0:
+        if not (0 <= self.latency < math.inf and 0 < self.bandwidth < math.inf):
             raise ValueError(
                 f"a Link needs latency >= 0 s and bandwidth > 0 bytes/s; got {self.latency} and {self.bandwidth}"
             )
@@ -31,15 +32,19 @@ INFINIBAND = Link(latency=10e-6, bandwidth=50e9)
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """How many experts each rank can hold, which ranks share a node, and what the links cost.
+    """How many experts each rank can hold, how fast it computes, which ranks share a node, and what the links cost.
 
     slots_R: expert slots of each rank; ranks may differ, and a rank may have none.
+    speed_R: rows a rank computes in the time that a rank of speed 1 computes one; all 1 where not given.
+    memory_R: bytes each rank can spend on the experts of one layer; empty where memory does not bind.
     """
 
     slots_R: tuple[int, ...]
     ranks_per_node: int
     within_node: Link = NVLINK
     across_nodes: Link = INFINIBAND
+    speed_R: tuple[float, ...] = ()
+    memory_R: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slots_R", tuple(int(slots) for slots in self.slots_R))
@@ -47,6 +52,13 @@ class Topology:
             raise ValueError(f"slots_R needs one number >= 0 for each rank; got {self.slots_R}")
         if self.ranks_per_node < 1:
             raise ValueError(f"ranks_per_node must be at least 1; got {self.ranks_per_node}")
+        speed_R = tuple(float(speed) for speed in self.speed_R) or (1.0,) * len(self.slots_R)
+        object.__setattr__(self, "speed_R", speed_R)
+        object.__setattr__(self, "memory_R", tuple(int(memory) for memory in self.memory_R))
+        if len(speed_R) != self.ranks or not all(0 < speed < math.inf for speed in speed_R):
+            raise ValueError(f"speed_R needs one number > 0 for each of {self.ranks} ranks; got {self.speed_R}")
+        if self.memory_R and (len(self.memory_R) != self.ranks or min(self.memory_R) < 0):
+            raise ValueError(f"memory_R needs one number >= 0 for each of {self.ranks} ranks; got {self.memory_R}")
 
     @classmethod
     def even(cls, *, ranks: int, slots: int, ranks_per_node: int) -> Self:
@@ -62,6 +74,35 @@ class Topology:
             raise ValueError(f"a topology needs at least 1 rank; got {ranks}")
         few, more = divmod(num_experts, ranks)
         return cls(slots_R=tuple(few + (rank < more) for rank in range(ranks)), ranks_per_node=ranks_per_node)
+
+    @classmethod
+    def sharing(cls, *, slots: int, ranks: int, ranks_per_node: int) -> Self:
+        """A number of slots dealt over the ranks; the first ranks take one more where it does not divide."""
+        return cls.fitting(num_experts=slots, ranks=ranks, ranks_per_node=ranks_per_node)
+
+    def fields(self) -> dict[str, Any]:
+        """Plain values for JSON; read takes them back."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(
+            slots_R=tuple(fields["slots_R"]),
+            ranks_per_node=int(fields["ranks_per_node"]),
+            within_node=Link(**fields["within_node"]),
+            across_nodes=Link(**fields["across_nodes"]),
+            speed_R=tuple(fields["speed_R"]),
+            memory_R=tuple(fields["memory_R"]),
+        )
+
+    def holding(self, *, expert_bytes: int) -> Self:
+        """The same machine with no more slots on a rank than its memory has room for."""
+        if expert_bytes < 1:
+            raise ValueError(f"an expert has at least 1 byte; got {expert_bytes}")
+        if not self.memory_R:
+            return self
+        room_R = (memory // expert_bytes for memory in self.memory_R)
+        return replace(self, slots_R=tuple(min(pair) for pair in zip(self.slots_R, room_R, strict=True)))
 
     @property
     def ranks(self) -> int:

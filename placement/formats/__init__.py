@@ -1,0 +1,108 @@
+"""Files of other engines: recordings in, plans out, and plans back in. One module an engine.
+
+What a file holds is told from its name and its fields; nothing in it is executed. Every error names file and field.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from placement.files import write_whole
+from placement.formats import deepseek, exflow, megatron, sglang, table, trtllm, vllm
+from placement.formats.source import open_values
+from placement.plan import SCHEMA, Plan
+from placement.trace import LoadTrace
+
+ENGINES = ("sglang", "trtllm", "vllm", "ascend", "eplb", "exflow", "megatron", "plan")
+
+
+def read_trace(path: str | os.PathLike[str]) -> LoadTrace:
+    """A recording by any engine, or a trace of our own."""
+    path = Path(path)
+    if path.is_dir():
+        return trtllm.read(path)
+    try:
+        if path.suffix == ".jsonl":
+            return megatron.read(path)
+        if path.suffix == ".csv":
+            return table.read_csv(path)
+        values = open_values(path)
+        if isinstance(values, dict) and "schema" in values and path.suffix == ".npz":
+            return LoadTrace.load(path)
+        return _recording(values, path)
+    except ValueError as error:
+        raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from None
+
+
+def _recording(values: object, path: Path) -> LoadTrace:
+    if sglang.knows(values):
+        return sglang.read(values, path)
+    if vllm.knows(values):
+        return vllm.read(values, path)
+    if isinstance(values, dict):
+        return table.read_npz(values, path)
+    if path.suffix == ".npy" and getattr(values, "ndim", 0) == 2:
+        rows, columns = values.shape  # type: ignore[attr-defined]
+        # Tokens outnumber layers; experts outnumber layers. A weight tensor is wide, a list of choices is tall.
+        if rows > columns and values.dtype.kind in "iu":  # type: ignore[attr-defined]
+            return exflow.read(values, path)
+    return deepseek.read(values, path)
+
+
+def write_plan(plan: Plan, path: str | os.PathLike[str], engine: str, *, layers_in_model: int = 0) -> Path:
+    """The plan as that engine reads it, and beside it a sidecar of where it came from and what it proves: its path.
+
+    Everything is made before anything is written.
+    """
+    writers = {
+        "sglang": lambda: sglang.write(plan, layers_in_model),
+        "trtllm": lambda: trtllm.write(plan),
+        "vllm": lambda: vllm.write(plan),
+        "ascend": lambda: vllm.write_ascend(plan),
+        "eplb": lambda: deepseek.write_triple(plan),
+        "exflow": lambda: exflow.write(plan),
+        "megatron": lambda: megatron.write(plan),
+        "plan": lambda: plan.to_json().encode(),
+    }
+    if engine not in writers:
+        raise ValueError(f"{engine!r} is not an engine this writes for; use one of {', '.join(ENGINES)}")
+    content, beside = writers[engine](), Path(f"{os.fspath(path)}.sidecar.json")
+    write_whole(path, content)
+    write_whole(beside, sidecar(plan, engine))
+    return beside
+
+
+def sidecar(plan: Plan, engine: str) -> bytes:
+    """Hash of the trace, seed, and each layer's bound and gap."""
+    layers = [
+        {"layer": layer, "bound": c.bound, "gap": c.gap, "method": c.method, "status": c.status}
+        for layer, c in zip(plan.layer_L, plan.certificate_L, strict=False)
+    ]
+    document = {
+        "engine": engine,
+        "fingerprint": plan.fingerprint,
+        "provenance": dict(sorted(plan.provenance.items())),
+        "layers": layers,
+    }
+    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+
+
+def read_plan(path: str | os.PathLike[str], ranks: int) -> Plan:
+    """A plan of ours or of any engine; ranks is needed where the file does not say how its slots are shared out."""
+    path = Path(path)
+    if path.suffix in {".yaml", ".yml"}:
+        return trtllm.read_plan(path, ranks)
+    if path.suffix == ".csv":
+        return exflow.read_plan(path, ranks)
+    values = open_values(path)
+    if not isinstance(values, dict):
+        return vllm.read_plan(values, path, ranks)
+    if values.get("schema") == SCHEMA:
+        return Plan.load(path)
+    readers = {sglang.KEY: sglang.read_plan, megatron.KEY: megatron.read_plan, deepseek.KEY: deepseek.read_plan}
+    for key, read in readers.items():
+        if key in values:
+            return read(values, path, ranks)
+    return vllm.read_ascend(values, path)

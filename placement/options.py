@@ -1,0 +1,172 @@
+"""The command line's words for topologies, planners and machines, turned into values."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placement.affinity import Affinity
+from placement.formats import read_trace
+from placement.greedy import Packed, Planner, RoundRobin
+from placement.groups import PricedGroups, StrictGroups
+from placement.ilp import Ilp, IlpWhole
+from placement.merge import merge
+from placement.plan import Plan
+from placement.rebalance import Rebalance
+from placement.robust import Robust
+from placement.simulate import ExpertShape, GemmCurve
+from placement.topology import Link, Topology
+from placement.trace import LoadTrace
+
+PLANNERS = ("auto", "round-robin", "packed", "robust", "affinity", "ilp")
+
+Traces = Annotated[list[Path], typer.Argument(help="Recordings: ours, SGLang, vLLM, TensorRT-LLM, Megatron, ...")]
+TraceFile = Annotated[Path, typer.Argument(help="A recording.")]
+PlanFile = Annotated[Path, typer.Argument(help="A plan of moe-place.")]
+Json = Annotated[bool, typer.Option("--json", help="One line of JSON instead of tables.")]
+Nodes = Annotated[int, typer.Option(help="Nodes.")]
+RanksPerNode = Annotated[int, typer.Option(help="Ranks (GPUs) of a node.")]
+Slots = Annotated[
+    str,
+    typer.Option(
+        help="Expert slots of each rank; or of all ranks together, where that is as many as there are experts or more "
+        "(a rank has no use for so many); or a list, one for each rank: 5,5,4,4."
+    ),
+]
+Window = Annotated[int, typer.Option(help="Cut the trace into windows of so many tokens; 0 keeps its own.")]
+Experts = Annotated[int, typer.Option(help="Experts of a layer, if the last were never chosen; 0 believes the trace.")]
+Speed = Annotated[str, typer.Option(help="Relative speed of each rank, such as 1,1,0.5,1.")]
+Memory = Annotated[str, typer.Option(help="GB that each rank has for the experts of one layer: one number or a list.")]
+ExpertMb = Annotated[float, typer.Option(help="MB of an expert of one layer, with --memory-gb.")]
+Curve = Annotated[Path | None, typer.Option(help="A curve that `moe-place calibrate` wrote; modelled without one.")]
+Dim = Annotated[int, typer.Option(help="Model width.")]
+Hidden = Annotated[int, typer.Option(help="An expert's hidden width.")]
+
+
+def traces(paths: Sequence[Path], window: int, experts: int) -> LoadTrace:
+    read = [read_trace(path) for path in paths]
+    most = max([experts, *(trace.num_experts for trace in read)])
+    if experts and most > experts:
+        raise ValueError(f"the trace has {most} experts, more than --experts {experts}")
+    # Choices show an expert only once it is chosen; tables of loads have a place for each, and must agree.
+    trace = merge([trace if trace.expert_TLK is None and not experts else trace.widened(most) for trace in read])
+    return trace.windowed(window) if window else trace
+
+
+def topology(nodes: int, ranks_per_node: int, slots: str, speed: str, num_experts: int) -> Topology:
+    if nodes < 1 or ranks_per_node < 1:
+        raise ValueError(f"--nodes and --ranks-per-node must be at least 1; got {nodes} and {ranks_per_node}")
+    ranks = nodes * ranks_per_node
+    speed_R = tuple(numbers(speed, "--speed", ranks)) if speed else ()
+    each = [int(value) for value in numbers(slots, "--slots")]
+    if any(value < 0 for value in each):
+        raise ValueError(f"--slots must be >= 0; got {slots}")
+    if len(each) == 1 and each[0] >= num_experts:
+        return replace(Topology.sharing(slots=each[0], ranks=ranks, ranks_per_node=ranks_per_node), speed_R=speed_R)
+    if len(each) == 1:
+        each *= ranks
+    if len(each) != ranks:
+        raise ValueError(f"--slots lists {len(each)} ranks; there are {ranks}")
+    return Topology(slots_R=tuple(each), ranks_per_node=ranks_per_node, speed_R=speed_R)
+
+
+def remembered(machine: Topology, memory_gb: str, expert_mb: float) -> Topology:
+    """No more slots on a rank than its memory holds."""
+    if not memory_gb:
+        return machine
+    if expert_mb <= 0:
+        raise ValueError("--memory-gb needs --expert-mb, the size of an expert")
+    listed = numbers(memory_gb, "--memory-gb")
+    memory = listed * machine.ranks if len(listed) == 1 else listed
+    limited = replace(machine, memory_R=tuple(int(gigabytes * 1e9) for gigabytes in memory))
+    return limited.holding(expert_bytes=round(expert_mb * 1e6))
+
+
+def numbers(text: str, option: str, count: int = 0) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas between; got {text!r}") from None
+    if count and len(values) != count:
+        raise ValueError(f"{option} needs {count} numbers, one for each rank; got {len(values)}")
+    if option not in {"--speed", "--memory-gb"} and any(value % 1 for value in values):
+        raise ValueError(f"{option} must be whole numbers; got {text!r}")
+    return values
+
+
+def planner(
+    name: str,
+    trace: LoadTrace,
+    *,
+    cap: float,
+    groups: int,
+    strict: bool,
+    price: float,
+    tail: float,
+    fan_out: float,
+    whole: bool,
+    seconds: float,
+    seed: int,
+) -> Planner:
+    """auto: affinity under a cap where hops are known, else robust for several windows, else packed."""
+    if name not in PLANNERS:
+        raise ValueError(f"--planner {name!r} is not one of {', '.join(PLANNERS)}")
+    if name == "auto":
+        several = trace.windows > 1 and not groups
+        name = "affinity" if cap < math.inf and trace.follow_LEE is not None else "robust" if several else "packed"
+    if cap < math.inf and name not in {"affinity", "ilp"}:
+        raise ValueError(f"--balance-cap is for affinity and ilp; {name} makes the peak as low as it can")
+    if groups:
+        if name != "packed":
+            raise ValueError(f"--groups is for packed; got --planner {name}")
+        packed = Packed(seed=seed)
+        if strict:
+            return StrictGroups(groups=groups, packed=packed)
+        return PricedGroups(groups=groups, price=price, packed=packed)
+    if strict:
+        raise ValueError("--strict-groups needs --groups")
+    made: dict[str, Planner] = {
+        "round-robin": RoundRobin(),
+        "packed": Packed(seed=seed),
+        "robust": Robust(tail=tail, seed=seed),
+        "affinity": Affinity(balance_cap=cap, fan_out=fan_out, seed=seed),
+        "ilp": (IlpWhole if whole else Ilp)(seconds=seconds, balance_cap=cap, seed=seed),
+    }
+    return made[name]
+
+
+def rebalancer(start: Path, most_moves: int, seed: int) -> tuple[Planner, Plan]:
+    if most_moves < 0:
+        raise ValueError("--from needs --max-moves, the experts that a layer may fetch")
+    plan = Plan.load(start)
+    return Rebalance(start=plan, most_moves=most_moves, seed=seed), plan
+
+
+def machine_of(plan: Plan) -> Topology:
+    """A plan that does not name its machine is judged on one node of like ranks."""
+    slots = plan.placement_L[0].expert_RS.shape[1]
+    return plan.topology or Topology.even(ranks=plan.ranks, slots=slots, ranks_per_node=plan.ranks)
+
+
+def linked(machine: Topology, within: float, across: float) -> Topology:
+    """GB/s of the links; 0 keeps what the topology says."""
+    fast = Link(latency=machine.within_node.latency, bandwidth=within * 1e9) if within else machine.within_node
+    slow = Link(latency=machine.across_nodes.latency, bandwidth=across * 1e9) if across else machine.across_nodes
+    return replace(machine, within_node=fast, across_nodes=slow)
+
+
+def curve_of(path: Path | None, shape: ExpertShape) -> GemmCurve:
+    if path is None:
+        return GemmCurve.modelled(shape)
+    try:
+        return GemmCurve.read(json.loads(path.read_bytes()))
+    except KeyError as error:
+        raise ValueError(f"{path}: field {error} is missing; expected what `moe-place calibrate` writes") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a curve: {error}") from None
