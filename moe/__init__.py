@@ -7,10 +7,11 @@ from moe.data_parallel import average_expert_grads, expert_parameters, leave_exp
 from moe.experts import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
 from moe.layer import MoE
 from moe.parity import assert_ep_parity
+from moe.record import Recorder
 from moe.reference import reference
 
 __all__ = [
-    "GELU", "Experts", "Fastest", "Grouped", "Loop", "MoE", "MoEConfig", "ReLU2", "SwiGLU", "World", "WorldError",
-    "assert_ep_parity", "average_expert_grads", "clip_grad_norm", "expert_parameters", "grad_norm",
+    "GELU", "Experts", "Fastest", "Grouped", "Loop", "MoE", "MoEConfig", "ReLU2", "Recorder", "SwiGLU", "World",
+    "WorldError", "assert_ep_parity", "average_expert_grads", "clip_grad_norm", "expert_parameters", "grad_norm",
     "leave_experts_alone", "nodes_of", "reference",
 ]  # fmt: skip
