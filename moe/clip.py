@@ -29,8 +29,14 @@ def grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
         by_group.setdefault(id(layer.peers.group), (layer.peers, []))[1].extend(_home_grads(layer))
     for peers, grads in by_group.values():
         part = _power(grads, norm_type, total.device)
-        (max_over if norm_type == torch.inf else sum_over)([part], peers)
-        total = torch.maximum(total, part) if norm_type == torch.inf else total + part
+        if norm_type != torch.inf:
+            sum_over([part], peers)
+            total = total + part
+            continue
+        nans = part.isnan().to(part.dtype)  # a backend's maximum may pass over a NaN
+        sum_over([nans], peers)
+        max_over([part], peers)
+        total = torch.maximum(total, part.where(nans == 0, torch.nan))
     return total if norm_type == torch.inf else total ** (1.0 / norm_type)
 
 
@@ -44,7 +50,9 @@ def clip_grad_norm(
     shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.grad.mul_(shrink.to(parameter.grad.device, parameter.grad.dtype))
+            parameter.grad.mul_(
+                shrink.to(parameter.grad.device)
+            )  # not in the gradient's type: fp16 would round it to 0
     return norm
 
 
@@ -60,10 +68,11 @@ def _home_grads(layer: MoE) -> list[Tensor]:
 
 def _power(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
     """sum |g| ** p, in float64; for p = inf the largest |g|."""
-    norms = [torch.linalg.vector_norm(grad, norm_type).to(device, torch.float64) for grad in grads if grad.numel()]
+    # In float64 throughout: fp16 would overflow, and a sum of a million squares in fp32 is off by 6e-4 on a CPU.
+    norms = [torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) for grad in grads if grad.numel()]
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norm = torch.stack(norms)
+    norm = torch.stack([norm.to(device) for norm in norms])
     return norm.max() if norm_type == torch.inf else (norm**norm_type).sum()
 
 

@@ -165,11 +165,11 @@ class Experts(nn.Module):
         if self.up.is_meta:
             return
         for slot, expert in enumerate(self.expert_ids):
-            generator = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (expert + 1)) % 2**63)
+            generator = torch.Generator("cpu").manual_seed((seed + 0x9E3779B97F4A7C15 * (expert + 1)) % 2**63)
             for name, weight in self.named_parameters():
                 bound = (self.up if name.startswith("up") else self.down).shape[2] ** -0.5
-                drawn = torch.rand(weight.shape[1:], generator=generator) * (2 * bound) - bound
-                weight[slot].copy_(drawn)
+                drawn = torch.rand(weight.shape[1:], generator=generator, device="cpu", dtype=torch.float32)
+                weight[slot].copy_(drawn * (2 * bound) - bound)
 
     def stack(self) -> Stack:
         return Stack(self.up, self.down, self.up_bias, self.down_bias)
@@ -178,6 +178,8 @@ class Experts(nn.Module):
         """row_MD: the rows of each own expert, then of each visiting one, rows_A of them each. -> out_MD"""
         dtype = compute_dtype(row_MD)
         row_MD = row_MD.to(dtype)
+        if not rows_A:
+            return self._idle(row_MD, _cast(own, dtype))
         num_own = len(own.up)
         row_own, row_visiting = torch.split(row_MD, [sum(rows_A[:num_own]), sum(rows_A[num_own:])])
         out_own = self.compute(row_own, rows_A[:num_own], _cast(own, dtype), self.activation)
@@ -185,6 +187,11 @@ class Experts(nn.Module):
             return out_own
         out_visiting = self.compute(row_visiting, rows_A[num_own:], _cast(visiting, dtype), self.activation)
         return torch.cat([out_own, out_visiting])
+
+    def _idle(self, row_MD: Tensor, own: Stack) -> Tensor:
+        """No expert and no row, but every weight in the graph: in backward, other ranks wait for this one to `lend`."""
+        up_bias, down_bias = (None if bias is None else bias.sum(0) for bias in own[2:])
+        return F.linear(self.activation(F.linear(row_MD, own.up.sum(0), up_bias)), own.down.sum(0), down_bias)
 
     def extra_repr(self) -> str:
         return f"experts {list(self.expert_ids)}, {self.up.shape[2]} -> {self.down.shape[2]}, {self.activation}"

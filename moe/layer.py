@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from moe.comm import Group, Peers, gather_counts, lend, tie, visitors
@@ -92,7 +93,7 @@ class MoE(nn.Module):
             x_TD, valid_T, choice, step = self._decide(x, valid)
         else:
             x_TD, valid_T = _flat(x, valid)
-            choice = self._choose_again(x_TD, valid_T, step.rows)
+            choice = self.router(x_TD, valid_T, step.rows)
         self._replays.keep(step)
 
         own, visiting = self._weights(step.loans)
@@ -104,7 +105,10 @@ class MoE(nn.Module):
         return y_TD.view(x.shape)
 
     def observe(self, fn: Observer) -> RemovableHandle:
-        """Call fn(choice, assignment) on every forward from now on, recomputations excepted, until handle.remove()."""
+        """Call fn(choice, assignment) on every forward from now on, recomputations excepted, until handle.remove().
+
+        It is called between collectives: if it raises on one rank only, the others wait for it.
+        """
         handle = RemovableHandle(self._observers)
         self._observers[handle.id] = fn
         return handle
@@ -140,32 +144,40 @@ class MoE(nn.Module):
         """Choose, tell every rank, assign. The counts are gathered even if this rank's input is no good, so that all
         ranks raise the same error instead of waiting for one that has left."""
         problem = self._problem(x, valid)
-        num_experts = self.config.num_experts
-        header = torch.zeros(num_experts + 3, dtype=torch.int64, device=self.router.weight.device)
         choice = None
         if problem is None:
             x_TD, valid_T = _flat(x, valid)
             choice = self.router(x_TD, valid_T)
-            header[:num_experts] = choice.load_E
-            header[num_experts] = _count_nonfinite(choice)
-        header[num_experts + 1] = int(problem is not None)
-        header[num_experts + 2] = int(x.requires_grad)
-        table = gather_counts(header, self.peers)
-        _raise_alike(table[:, num_experts:], problem, self.peers.rank)
-        assert choice is not None
-        assignment = self.config.assigner(table[:, :num_experts].copy(), self.placement)
-        loans = assignment.loans(self.placement)
-        active = [*self.experts.expert_ids, *visitors(loans, self.peers.rank)]
+        with _disable_current_modes():  # selective checkpointing must not save what a replay will not run again
+            table = gather_counts(self._header(choice, x.requires_grad), self.peers)
+            _raise_alike(table[:, self.config.num_experts :], problem, self.peers.rank)
+            assert choice is not None
+            assignment = self.config.assigner(table[:, : self.config.num_experts].copy(), self.placement)
+            loans = assignment.loans(self.placement)
+            active = [*self.experts.expert_ids, *visitors(loans, self.peers.rank)]
+            dispatch = Dispatch.of(choice, assignment, active, self.peers)
         step = _Step(
             rows=Rows(choice.token_N, choice.expert_N, choice.top_k),
             assignment=assignment,
             loans=loans,
-            dispatch=Dispatch.of(choice, assignment, active, self.peers),
+            dispatch=dispatch,
             grad_wanted=bool(table[:, -1].any()) if torch.is_grad_enabled() else None,
         )
         for fn in tuple(self._observers.values()):
             fn(choice, assignment)
         return x_TD, valid_T, choice, step
+
+    def _header(self, choice: Choice | None, grad_wanted: bool) -> Tensor:
+        """What every rank must know: rows for each expert; then tokens with bad logits, no choice made, grad wanted."""
+        num_experts = self.config.num_experts
+        header = torch.zeros(num_experts + 3, dtype=torch.int64, device=self.router.weight.device)
+        if choice is None:
+            header[num_experts + 1] = 1
+        else:
+            header[:num_experts] = choice.load_E
+            header[num_experts] = _count_nonfinite(choice)
+        header[num_experts + 2] = int(grad_wanted)
+        return header
 
     def _shared(self, shared: nn.Module, x_TD: Tensor, valid_T: Tensor | None) -> Tensor:
         """Padding is masked on both sides: what it holds must reach neither the output nor a weight's gradient."""
@@ -173,14 +185,6 @@ class MoE(nn.Module):
             return shared(x_TD)  # type: ignore[no-any-return]
         real_T1 = valid_T[:, None]
         return shared(x_TD.where(real_T1, 0.0)).where(real_T1, 0.0)  # type: ignore[no-any-return]
-
-    def _choose_again(self, x_TD: Tensor, valid_T: Tensor | None, rows: Rows) -> Choice:
-        choice: Choice = self.router(x_TD, valid_T, rows)
-        if torch._C._len_torch_dispatch_stack():
-            # Selective checkpointing hands out saved results in the order of the calls: a top-k that it saved must be
-            # called again, though its answer is known, or the next caller would get it.
-            self.router.choose(choice.score_TE.detach(), valid_T)
-        return choice
 
     def _weights(self, loans: tuple[Loan, ...]) -> tuple[Stack, Stack]:
         stack = self.experts.stack()

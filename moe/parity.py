@@ -241,6 +241,10 @@ def _differences(truth: _Result, parts: Sequence[_Result], tolerance: float) -> 
     for step, (y, dx) in enumerate(zip(truth.y, truth.dx)):
         pairs.append(("output", torch.cat([part.y[step] for part in parts]), y))
         pairs.append(("input gradient", torch.cat([part.dx[step] for part in parts]), dx))
+    found = [
+        (f"gradient of {name}: rows {rows} have one on no rank; it", float("nan"), 0.0)
+        for name, rows in _unseen(truth, parts)
+    ]
     for rank, part in enumerate(parts):
         for name, there, grad in part.grads:
             pairs.append(
@@ -250,7 +254,6 @@ def _differences(truth: _Result, parts: Sequence[_Result], tolerance: float) -> 
             (f"gradient of {name} on rank {rank}", grad, truth.summed[name]) for name, grad in part.summed.items()
         ]
         pairs.append((f"gradient norm on rank {rank}", part.norm.reshape(1), truth.norm.reshape(1)))
-    found = []
     for what, got, want in pairs:
         if got.shape != want.shape:
             found.append((f"{what}: shape {list(got.shape)} for {list(want.shape)}, which", float("nan"), 0.0))
@@ -260,3 +263,19 @@ def _differences(truth: _Result, parts: Sequence[_Result], tolerance: float) -> 
             if not error <= allowed:
                 found.append((what, error, allowed))
     return found
+
+
+def _unseen(truth: _Result, parts: Sequence[_Result]) -> list[tuple[str, list[int]]]:
+    """Rows of parameters with a gradient on one rank that none of many ranks has."""
+    unseen = []
+    for name, grad in truth.summed.items():
+        if any(name in part.summed for part in parts):
+            continue
+        rows = set(range(len(grad) if grad.ndim else 1))
+        for part in parts:
+            for piece, there, _ in part.grads:
+                if piece == name:
+                    rows -= set(range(len(grad))[there])
+        if rows:
+            unseen.append((name, sorted(rows)))
+    return unseen

@@ -58,6 +58,10 @@ class Placement:
                 f"expert_RS holds {int(expert_RS.min())}; use an expert's id >= 0, or -1 for an empty slot"
             )
         num_experts = int(expert_RS.max(initial=EMPTY)) + 1
+        if num_experts > expert_RS.size:  # before a table of that width is made
+            raise ValueError(
+                f"expert {num_experts - 1} has a slot, but {expert_RS.size} slots cannot hold all below it"
+            )
         count_RE = np.zeros((len(expert_RS), num_experts), dtype=np.int64)
         rank_N, slot_N = np.nonzero(expert_RS != EMPTY)
         np.add.at(count_RE, (rank_N, expert_RS[rank_N, slot_N]), 1)
@@ -199,6 +203,8 @@ class Plan:
             document = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{source}: not a plan: line {error.lineno}: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{source}: not a plan: {error}") from None
         if not isinstance(document, dict) or "schema" not in document:
             raise ValueError(f"{source}: not a plan: field 'schema' is missing; expected {SCHEMA!r}")
         if document["schema"] != SCHEMA:

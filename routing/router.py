@@ -74,6 +74,10 @@ class Router(nn.Module):
         score_TE = self.score(logit_TE)
         if rows is None:
             rows = self.choose(score_TE.detach(), valid_T)
+        elif torch._C._len_torch_dispatch_stack():
+            # Selective checkpointing hands out saved results in the order of the calls: a top-k that it saved must be
+            # called again, though its answer is known, or the next caller would get it.
+            self.choose(score_TE.detach(), valid_T)
         return Choice(
             token_N=rows.token_N,
             expert_N=rows.expert_N,
@@ -113,7 +117,8 @@ class ForcedRouter(Router):
     An honest upper bound for any balancer: the scores are computed and weigh the results, only the choice is forced.
     Rows of different ranks differ by at most one, or as little as K distinct experts a token allow where some ranks
     home fewer than others. The rows that a batch has left over are dealt on from where `source` batches before it
-    ended: several ranks forcing batches of one size, `source` being their own rank, are even together too.
+    ended: several ranks forcing batches of one size, `source` being their own rank, are even together too. Padding is
+    dealt rows like any token before it is left out, so with much of it the rest need not be even.
     """
 
     def __init__(self, dim: int, num_experts: int, top_k: int, *, home_E: Any, source: int = 0, **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -101,7 +102,8 @@ def by_the_book(full: MoE, x_TD: Tensor, valid_T: Tensor | None = None) -> Tenso
 def relative(got: Tensor, want: Tensor) -> float:
     if want.numel() == 0:
         return 0.0
-    return ((got - want).abs().max() / want.abs().max().clamp(min=1.0)).item()
+    error = ((got - want).abs().max() / want.abs().max().clamp(min=1.0)).item()
+    return error if math.isfinite(error) else math.inf  # max() would pass over a NaN
 
 
 def _gradients(layer: MoE, full: MoE, peers: Peers) -> list[tuple[str, Tensor, Tensor]]:

@@ -16,8 +16,8 @@ from moe.comm.group import Peers
 def exchange(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: Peers) -> Tensor:
     """The first send_R[0] rows go to rank 0, the next send_R[1] to rank 1, ...; recv_R[r] rows come from rank r.
 
-    row_ND: [sum(send_R), ...] -> [sum(recv_R), ...], in the order of the ranks they come from. Any type; floating types
-    are differentiable. Zero rows are a legal size, and every rank must call.
+    row_ND: [sum(send_R), ...] -> [sum(recv_R), ...], in the order of the ranks they come from. Any type; real floating
+    types are differentiable. Zero rows are a legal size, and every rank must call.
     """
     if len(row_ND) != sum(send_R):
         raise ValueError(f"{len(row_ND)} rows, but send_R={list(send_R)} sends {sum(send_R)}")

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+
+START_SECONDS = 120.0  # to import torch in every process at once, on a busy machine
 
 
 class WorldError(RuntimeError):
@@ -45,12 +48,16 @@ class World:
 
     def run(self, function: Callable[..., Any], /, *args: Any) -> list[Any]:
         """function(*args) on every rank -> its results by rank. The function must be importable by its name."""
-        if not self._processes:
-            self._start()
         job = pickle.dumps((function, args))
-        for pipe in self._pipes:
-            pipe.send_bytes(job)
-        return self._collect(time.monotonic() + self.timeout.total_seconds())
+        try:
+            if not self._processes:
+                self._start()
+            for pipe in self._pipes:
+                pipe.send_bytes(job)
+            return self._collect(time.monotonic() + self.timeout.total_seconds())
+        except BaseException:  # an interrupt too: no answer to this job may be taken for one to the next
+            self.close()
+            raise
 
     def close(self) -> None:
         """Kill the processes. Nothing outlives the world."""
@@ -88,6 +95,7 @@ class World:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
+        self._collect(time.monotonic() + START_SECONDS)  # their word that they have met
 
     def _collect(self, deadline: float) -> list[Any]:
         """A failure leaves others waiting in a collective: give them a moment to say what they saw, then stop."""
@@ -111,26 +119,32 @@ class World:
         if len(results) == self.ranks:
             return [results[rank] for rank in range(self.ranks)]
         self.close()
-        silence = "no answer" if failures else f"no answer within {self.timeout.total_seconds():g} s"
+        silence = "no answer" if failures else "no answer in time"
         failures |= dict.fromkeys(waiting.values(), silence)
         raise WorldError("\n".join(f"--- rank {rank} of {self.ranks}: {failures[rank]}" for rank in sorted(failures)))
 
 
 def _serve(pipe: Connection, rank: int, ranks: int, store: str, timeout: timedelta) -> None:
     torch.set_num_threads(1)
+    joined = partial(dist.init_process_group, "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone: so are we
-        try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)
-        except Exception:
-            pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
-            return
+        pipe.send_bytes(_answer(partial(joined, timeout=timeout)))
         while True:
-            function, args = pickle.loads(pipe.recv_bytes())
-            try:
-                answer = (True, function(*args))
-            except Exception:
-                answer = (False, traceback.format_exc())
-            pipe.send_bytes(pickle.dumps(answer))
+            job = pipe.recv_bytes()
+            pipe.send_bytes(_answer(partial(_do, job)))
+
+
+def _do(job: bytes) -> Any:
+    function, args = pickle.loads(job)
+    return function(*args)
+
+
+def _answer(work: Callable[[], Any]) -> bytes:
+    """(True, result) or (False, traceback), pickled."""
+    try:
+        return pickle.dumps((True, work()))
+    except Exception:
+        return pickle.dumps((False, traceback.format_exc()))
 
 
 def world_group() -> dist.ProcessGroup | None:

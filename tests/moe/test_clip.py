@@ -68,3 +68,28 @@ def test_a_norm_that_is_no_number_is_an_error_on_request() -> None:
         clip_grad_norm(net, 1.0, error_if_nonfinite=True)
     with pytest.raises(ValueError, match="norm_type=0"):
         grad_norm(net, 0)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_a_nan_on_one_rank_is_a_nan_on_all(world: Worlds, norm_type: float) -> None:
+    assert all(np.isnan(norm) for norm in world(3).run(_norm_with_nan, norm_type))
+
+
+def _norm_with_nan(norm_type: float) -> float:
+    net = model(None)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    if dist.get_rank() == 1:
+        layer = net[0]
+        assert isinstance(layer, MoE)
+        assert layer.experts.up.grad is not None
+        layer.experts.up.grad[0, 0, 0] = float("nan")
+    return grad_norm(net, norm_type).item()
+
+
+@pytest.mark.fast
+def test_half_precision_gradients_neither_overflow_the_norm_nor_vanish() -> None:
+    net = nn.Linear(1024, 1024, bias=False).half()
+    net.weight.grad = torch.full_like(net.weight, 100.0)
+    assert clip_grad_norm(net, 1024.0).item() == pytest.approx(102400.0, rel=1e-6)
+    assert net.weight.grad.float().mean().item() == pytest.approx(1.0, rel=1e-3)

@@ -75,6 +75,48 @@ def test_every_kind_of_router_is_exact(world: Worlds) -> None:
         exact(world(2).run(against_reference, config(**more), (12, 20)))
 
 
+@pytest.mark.parametrize("tokens_R", [(5, 0, 0, 0), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("num_experts", [2, 3])
+def test_a_rank_with_no_expert_and_no_visitor_takes_part_in_backward(
+    world: Worlds, num_experts: int, tokens_R: tuple[int, ...]
+) -> None:
+    """Experts visit others meanwhile: their gradients must not wait for a rank that left them out of its graph."""
+    settings = config(num_experts, 1, LeastLoaded(), bias=True)
+    exact(world(4).run(against_reference, settings, tokens_R))
+
+
+def test_a_rank_without_experts_takes_part_in_tying_copies(world: Worlds) -> None:
+    for assigner in (AtHome(), LEAST):
+        exact(world(3).run(_placed_on_two, config(2, 1, assigner)))
+
+
+def _placed_on_two(settings: MoEConfig) -> Seen:
+    placement = Placement(expert_RS=np.array([[0, 1], [0, -1], [-1, -1]]))
+    return against_reference(settings, (4, 3, 0), placement=placement)
+
+
+def test_the_comparison_sees_a_gradient_that_is_no_number(world: Worlds) -> None:
+    for seen in world(1).run(_with_nan):
+        assert seen.error == float("inf")
+        assert seen.worst in ("dx", "router.weight")
+
+
+def _with_nan() -> Seen:
+    from moe.dispatch import _Home
+
+    real = _Home.backward
+
+    def poisoned(ctx: Any, dy_TD: torch.Tensor) -> Any:
+        dout_MD, dweight_N, none = real(ctx, dy_TD)
+        return dout_MD, dweight_N * float("nan"), none
+
+    _Home.backward = staticmethod(poisoned)  # type: ignore[assignment,method-assign]
+    try:
+        return against_reference(config(), (8,))
+    finally:
+        _Home.backward = staticmethod(real)  # type: ignore[method-assign]
+
+
 def test_padding_is_neither_routed_nor_counted(world: Worlds) -> None:
     answers = world(4).run(_padded, config(shared_hidden=4), (16, 0, 9, 16))
     routed = sum(exact(answers).load_R)

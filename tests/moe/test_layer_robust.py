@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Callable
@@ -203,25 +204,39 @@ def test_a_forward_waits_for_the_device_once(world: Worlds, padded: bool) -> Non
 
 
 def _syncs(padded: bool) -> tuple[list[str], int]:
+    """(what waited, how often counts were gathered). A Tensor's ways to the host are counted outside gather_counts."""
     import moe.layer
 
     layer, x = layer_of(dtype=torch.float32, hidden=8, bias=True, shared_hidden=4), my_tokens(dtype=torch.float32)
     valid = torch.arange(len(x)) % 3 > 0 if padded else None
     gathered: list[int] = []
-    real = moe.layer.gather_counts
+    waited: list[str] = []
+    real_gather, inside = moe.layer.gather_counts, [False]
 
-    def counted(*args: Any) -> Any:
+    def gather(*args: Any) -> Any:
         gathered.append(1)
-        return real(*args)
+        inside[0] = True
+        try:
+            return real_gather(*args)
+        finally:
+            inside[0] = False
 
-    moe.layer.gather_counts = counted  # type: ignore[assignment]
-    try:
-        with CountSyncs() as counter:
-            y = layer(x.requires_grad_(), valid)
-            y.sum().backward()
-    finally:
-        moe.layer.gather_counts = real
-    return counter.syncs, len(gathered)
+    def noisy(name: str, real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not inside[0]:
+                waited.append(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    ways = ("tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__")
+    with pytest.MonkeyPatch.context() as patch, CountSyncs() as counter:
+        patch.setattr(moe.layer, "gather_counts", gather)
+        patch.setattr(moe.layer, "_disable_current_modes", contextlib.nullcontext)  # let the counter see everything
+        for way in ways:
+            patch.setattr(torch.Tensor, way, noisy(way, getattr(torch.Tensor, way)))
+        layer(x.requires_grad_(), valid).sum().backward()
+    return waited + counter.syncs, len(gathered)
 
 
 def test_rows_in_and_out_of_every_collective_equal_the_plan(world: Worlds) -> None:

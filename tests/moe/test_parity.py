@@ -43,6 +43,9 @@ class Sharded(nn.Module):
         self.scale = nn.Parameter(everybody[first:last])
         self.gain = nn.Parameter(torch.ones(6))
 
+        if fault == "frozen on many ranks":
+            self.gain.requires_grad_(self.peers.size == 1)
+
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         if self.fault == "hangs without tokens" and len(x) == 0:
             return x * self.gain, None
@@ -85,11 +88,11 @@ def sharded(fault: str, group: Group) -> nn.Module:
 def norm_of_shards(layer: nn.Module) -> Tensor:
     assert isinstance(layer, Sharded)
     assert layer.scale.grad is not None
-    assert layer.gain.grad is not None
+    gain = torch.zeros(()) if layer.gain.grad is None else layer.gain.grad
     square = layer.scale.grad.square().sum()
     if layer.fault != "norm of one shard":
         dist.all_reduce(square, group=layer.peers.group)
-    return (square + layer.gain.grad.square().sum()).sqrt()
+    return (square + gain.square().sum()).sqrt()
 
 
 class _Make:
@@ -118,6 +121,7 @@ def test_somebody_elses_exact_layer_passes() -> None:
         ("router gradient lost", "ragged: gradient of gain on rank 0 differs"),
         ("no reduction", r"ragged: gradient of scale\[\d:\d\] on rank \d differs"),
         ("scaled by ranks", r"ragged: gradient of scale\[\d:\d\] on rank \d differs"),
+        ("frozen on many ranks", r"gradient of gain: rows \[0, 1, 2, 3, 4, 5\] have one on no rank"),
         ("norm of one shard", "ragged: gradient norm on rank 0 differs"),
     ],
 )

@@ -125,6 +125,29 @@ def test_gradients_under_recomputation_are_those_without(kind: str) -> None:
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("saved", ["index_select", "index.Tensor", "mul.Tensor", "eq.Scalar", "sort.stable"])
+def test_whatever_selective_checkpointing_saves_comes_back_in_order(saved: str, padded: bool) -> None:
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if saved in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    grads = []
+    for contexts in (None, partial(create_selective_checkpoint_contexts, policy)):
+        layer, _, _ = build()
+        x = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+        valid = torch.arange(12) % 3 > 0 if padded else None
+
+        def twice(x: Tensor, layer: MoE = layer, valid: Tensor | None = valid) -> Tensor:
+            return layer(layer(x, valid), valid)  # type: ignore[no-any-return]
+
+        y = checkpoint(twice, x, use_reentrant=False, context_fn=contexts) if contexts else twice(x)
+        y.square().sum().backward()
+        grads.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for plain, again in zip(*grads):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.fast
 def test_a_decision_is_forgotten_with_its_graph() -> None:
     import gc
     import weakref

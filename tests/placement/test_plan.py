@@ -162,3 +162,17 @@ def test_tokens_take_the_copies_of_an_expert_in_turn() -> None:
     assert ranks[0::2].tolist() == [0, 1, 2, 0, 1, 2]
     assert ranks[1::2].tolist() == [2] * 6
     assert tokens.tolist() == [t for t in range(6) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"schema": "evenmoe.plan/1", "provenance": {}, "layers": [{"expert_RS": [[0, 1000000000000]]}]}', "2 slots"),
+        ("[" * 100_000, "not a plan"),
+        (f'{{"schema": {"9" * 5000}}}', "not a plan"),
+    ],
+    ids=["an expert beyond all slots", "too deep", "a number too long"],
+)
+def test_a_file_that_asks_for_the_impossible_is_one_clear_error(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^some.json: .*{message}"):
+        Plan.from_json(text, source="some.json")
