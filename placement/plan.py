@@ -58,18 +58,16 @@ class Placement:
                 f"expert_RS holds {int(expert_RS.min())}; use an expert's id >= 0, or -1 for an empty slot"
             )
         num_experts = int(expert_RS.max(initial=EMPTY)) + 1
-        if num_experts > expert_RS.size:  # before a table of that width is made
+        present = np.unique(expert_RS[expert_RS != EMPTY])
+        if len(present) < num_experts:
+            homeless = int(np.flatnonzero(present != np.arange(len(present)))[0])
             raise ValueError(
-                f"expert {num_experts - 1} has a slot, but {expert_RS.size} slots cannot hold all below it"
+                f"expert {homeless} has no slot, though expert {num_experts - 1} has one; give every expert from 0 on at "
+                f"least one slot"
             )
         count_RE = np.zeros((len(expert_RS), num_experts), dtype=np.int64)
         rank_N, slot_N = np.nonzero(expert_RS != EMPTY)
         np.add.at(count_RE, (rank_N, expert_RS[rank_N, slot_N]), 1)
-        if (homeless := np.flatnonzero(count_RE.sum(axis=0) == 0)).size:
-            raise ValueError(
-                f"expert {int(homeless[0])} has no slot, though expert {num_experts - 1} has one; give every expert "
-                f"from 0 on at least one slot"
-            )
         if (twice := np.argwhere(count_RE > 1)).size:
             rank, expert = twice[0].tolist()
             raise ValueError(f"rank {rank} holds expert {expert} twice; a second copy helps only on another rank")
