@@ -62,8 +62,8 @@ class Placement:
         if len(present) < num_experts:
             homeless = int(np.flatnonzero(present != np.arange(len(present)))[0])
             raise ValueError(
-                f"expert {homeless} has no slot, though expert {num_experts - 1} has one; give every expert from 0 on at "
-                f"least one slot"
+                f"expert {homeless} has no slot, though expert {num_experts - 1} has one; "
+                f"give every expert from 0 on at least one slot"
             )
         count_RE = np.zeros((len(expert_RS), num_experts), dtype=np.int64)
         rank_N, slot_N = np.nonzero(expert_RS != EMPTY)
