@@ -63,14 +63,10 @@ def main() -> None:
                 name = "balanced" if share == 0 else f"{share:.0%} into {HOT}"
                 rows.append([str(dtype).removeprefix("torch."), name, *seen])
     heads = ["type", "workload", "peak/mean (ceiling)", "visits"]
-    heads += [
-        "forward: speed-up",
-        "(again)",
-        "forward + backward: speed-up",
-        "(again)",
-        "saved bytes, busiest rank: × at home",
-    ]
-    show(f"Least-loaded against at home, 2 processes, {arguments.tokens} tokens a rank, wall time", heads, rows)
+    for what in ("forward", "forward + backward"):
+        heads += [f"{what}, wall: speed-up", "(again)", f"{what}, CPU: speed-up", "(again)"]
+    heads.append("saved bytes, busiest rank: × at home")
+    show(f"Least-loaded against at home, 2 processes, {arguments.tokens} tokens a rank", heads, rows)
 
 
 def measure(share: float, dtype: torch.dtype, num_tokens: int, count: int) -> list[object]:
