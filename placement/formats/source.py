@@ -15,6 +15,8 @@ from placement.files import read_npz
 
 # The -1 that engines pad tables with.
 PADDING = -1
+# A step or a pass counts up for as long as an engine runs; beyond this the field held something else.
+MOST = 2**53
 
 
 def open_values(path: Path) -> Any:
@@ -63,6 +65,24 @@ def field(values: Any, name: str, path: Path) -> Any:
     if not isinstance(values, dict) or name not in values:
         raise ValueError(f"{path}: field '{name}' is missing")
     return values[name]
+
+
+def integer(value: Any, name: str, path: Path, most: int = MOST) -> int:
+    """One whole number from 0 to most."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
+        raise ValueError(f"{path}: field '{name}' must be a whole number; got {str(value)[:40]!r}")
+    if not 0 <= value <= most:
+        raise ValueError(f"{path}: field '{name}' is {value:g}; expected 0 to {most}")
+    return int(value)
+
+
+def listed(value: Any, name: str, path: Path) -> list[Any]:
+    """A list with something in it."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{path}: field '{name}' must be a list, and not an empty one")
+    return value
 
 
 def numbers(value: Any, name: str, path: Path, ndim: tuple[int, ...]) -> FloatArray:

@@ -61,6 +61,53 @@ def test_tensorrt_llm_gets_the_models_own_layer_numbers(tmp_path: Path) -> None:
     assert read_plan(tmp_path / "p.yaml", 4).layer_L == tuple(range(3, 61))
 
 
+def shuffled_ascend(tmp_path: Path) -> tuple[Plan, dict[str, Any]]:
+    """Layers 3, 5 and 9, and the devices of each, in some other order."""
+    plan = replace(Packed()(drawn_loads(0, layers=3), COPIES), layer_L=(3, 5, 9))
+    write_plan(plan, tmp_path / "p.json", "ascend")
+    document: dict[str, Any] = json.loads((tmp_path / "p.json").read_text())
+    document["layer_list"] = [document["layer_list"][at] for at in (2, 0, 1)]
+    for layer in document["layer_list"]:
+        layer["device_list"] = [layer["device_list"][at] for at in (1, 3, 0, 2)]
+    return plan, document
+
+
+def test_an_ascend_map_is_read_by_its_numbers_in_whatever_order_it_lists_them(tmp_path: Path) -> None:
+    plan, document = shuffled_ascend(tmp_path)
+    back = read_plan(saved(tmp_path / "p.json", document), 0)
+    assert back.layer_L == (3, 5, 9)
+    assert back.placement_L == plan.placement_L
+
+
+@pytest.mark.parametrize(
+    "where, value, message",
+    [
+        (("layer_list", 0, "layer_id"), 3, "'layer_list[1].layer_id' is 3, as in a layer before it"),
+        (("layer_list", 0, "layer_id"), None, "'layer_list[0].layer_id' must be a whole number"),
+        (("layer_list", 1, "device_list", 2, "device_id"), 3, "expected each of 0 to 3 once"),
+        (("layer_list", 1, "device_list", 2, "device_id"), 4, "expected each of 0 to 3 once"),
+        (("layer_list", 1, "device_list", 2, "device_expert"), "all", "device_expert' must be a table of numbers"),
+        (("layer_list", 1, "device_count"), 5, "'layer_list[1].device_count' is 5, but 4 are listed"),
+        (("moe_layer_count",), 4, "'moe_layer_count' is 4, but 3 are listed"),
+        (("layer_list", 2, "device_list"), [], "'layer_list[2].device_list' must be a list, and not an empty one"),
+        (("layer_list",), [], "'layer_list' must be a list, and not an empty one"),
+        (("layer_list",), 5, "'layer_list' must be a list, and not an empty one"),
+    ],
+)
+def test_an_ascend_map_that_contradicts_itself_is_refused(
+    tmp_path: Path, where: tuple[Any, ...], value: Any, message: str
+) -> None:
+    _, document = shuffled_ascend(tmp_path)
+    inner: Any = document
+    for step in where[:-1]:
+        inner = inner[step]
+    inner[where[-1]] = value
+    with pytest.raises(ValueError) as caught:
+        read_plan(saved(tmp_path / "p.json", document), 0)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "p.json"))
+
+
 def test_a_plan_that_an_engine_cannot_take_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     uneven = Packed()(drawn_loads(0, layers=1), Topology(slots_R=(9, 8, 8, 8), ranks_per_node=4))
     with pytest.raises(ValueError, match="need as many experts on every rank; this plan has 8 to 9"):
