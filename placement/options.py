@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from placement.affinity import Affinity
-from placement.formats import read_trace
+from placement.formats import read_traces
 from placement.greedy import Packed, Planner, RoundRobin
 from placement.groups import PricedGroups, StrictGroups
 from placement.ilp import Ilp, IlpWhole
@@ -50,7 +50,7 @@ Hidden = Annotated[int, typer.Option(help="An expert's hidden width.")]
 
 
 def traces(paths: Sequence[Path], window: int, experts: int) -> LoadTrace:
-    read = [read_trace(path) for path in paths]
+    read = read_traces(paths)
     most = max([experts, *(trace.num_experts for trace in read)])
     if experts and most > experts:
         raise ValueError(f"the trace has {most} experts, more than --experts {experts}")

@@ -161,6 +161,16 @@ def test_recordings_given_together_are_merged(tmp_path: Path) -> None:
     assert said["planner"] == "robust"
 
 
+def test_the_ranks_files_of_one_recording_are_one_set_of_windows(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        counts = np.arange(32)[None] * (rank + 1) + 1
+        records = [{"forward_pass_id": 3, "rank": rank, "global_physical_count": counts.tolist()}]
+        document = {"records": records, "last_physical_to_logical_map": [list(range(32))]}
+        (tmp_path / f"{rank}.json").write_text(json.dumps(document))
+    both = tmp_path / "0.json", tmp_path / "1.json"
+    assert facts("plan", *both, *MACHINE, "-o", tmp_path / "p")["planner"] == "packed"
+
+
 def test_tables_of_loads_of_different_models_are_not_merged(tmp_path: Path) -> None:
     for experts in (16, 32):
         drawn_loads(0, layers=2, experts=experts).save(tmp_path / f"{experts}.npz")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors.numpy import save_file
 
 from placement import Packed, Plan, Topology
-from placement.formats import ENGINES, read_plan, read_trace, write_plan
+from placement.formats import ENGINES, read_plan, read_trace, read_traces, write_plan
 from tests.placement.strategies import choices, drawn_loads
 
 SINGLE = Topology.even(ranks=4, slots=8, ranks_per_node=4)
@@ -160,6 +161,65 @@ def test_sglang_passes_are_added_up_over_ranks_and_mapped_to_experts(tmp_path: P
     value = {"records": records, "last_physical_to_logical_map": torch.tensor([[0, 1, 2, 0]])}
     trace = read_trace(saved(tmp_path / "t.pt", value))
     np.testing.assert_array_equal(trace.load_WLE, [[[11, 4, 6]]] * 2)
+
+
+def sglang_ranks(tmp_path: Path, record: Callable[[int, int], dict[str, Any]]) -> list[Path]:
+    """A file for each of two ranks, passes 7 and 8; the passes of rank 1 in the other order."""
+    paths = []
+    for rank, passes in ((0, (7, 8)), (1, (8, 7))):
+        records = [{"forward_pass_id": p, "rank": rank, **record(p, rank)} for p in passes]
+        value = {"records": records, "last_physical_to_logical_map": [[0, 1, 2, 0], [2, 1, 0, 0]]}
+        paths.append(saved(tmp_path / f"{rank}.json", value))
+    return paths
+
+
+def test_sglang_files_of_the_ranks_of_one_recording_are_added_up_pass_by_pass(tmp_path: Path) -> None:
+    """Layer 1 is dense on rank 0's passes alone: it is a layer all the same."""
+
+    def record(passed: int, rank: int) -> dict[str, Any]:
+        return {"global_physical_count": [[passed, 1, rank, 0], [0, 0, 2 * rank, rank]]}
+
+    (trace,) = read_traces(sglang_ranks(tmp_path, record))
+    np.testing.assert_array_equal(trace.load_WLE, [[[14, 2, 1], [3, 0, 0]], [[16, 2, 1], [3, 0, 0]]])
+
+
+def test_sglang_tokens_of_all_ranks_are_one_window_a_pass(tmp_path: Path) -> None:
+    def record(passed: int, rank: int) -> dict[str, Any]:
+        return {"topk_ids_of_layer": [[[passed - 7]], [[rank]]]}
+
+    (trace,) = read_traces(sglang_ranks(tmp_path, record))
+    assert trace.window_T is not None
+    assert trace.expert_TLK is not None
+    assert trace.window_T.tolist() == [0, 0, 1, 1]
+    assert trace.expert_TLK[:, :, 0].tolist() == [[0, 2], [0, 1], [1, 2], [1, 1]]
+
+
+def test_a_rank_of_one_recording_given_twice_is_refused(tmp_path: Path) -> None:
+    one, _ = sglang_ranks(tmp_path, lambda passed, rank: {"global_physical_count": [[1] * 4] * 2})
+    copied = saved(tmp_path / "again.json", one.read_text())
+    with pytest.raises(ValueError, match=r"again\.json: pass 7 of rank 0 is in another file as well"):
+        read_traces([one, copied])
+
+
+def test_megatron_files_of_the_ranks_of_one_recording_are_one_trace(tmp_path: Path) -> None:
+    lines = [
+        {"step": step, "layer": layer, "rank": rank, "top_indices": [[(step + layer + rank) % 3], [2]]}
+        for rank in (0, 1)
+        for step in (5, 6)
+        for layer in (1, 2)
+    ]
+    texts = ["\n".join(json.dumps(line) for line in part) for part in (lines, lines[:4], lines[4:])]
+    together, *ranks = (saved(tmp_path / f"{name}.jsonl", text) for name, text in zip("abc", texts, strict=True))
+    (trace,) = read_traces(ranks)
+    assert trace.fingerprint == read_trace(together).fingerprint
+    assert trace.windows == 2
+    with pytest.raises(ValueError, match="step 5, rank 0, layer 1 is in another file as well"):
+        read_traces([together, ranks[0]])
+
+
+def test_files_that_are_no_ranks_of_one_recording_stay_recordings_of_their_own(tmp_path: Path) -> None:
+    paths = [saved(tmp_path / f"{n}.json", {"logical_count": [[n, 1]]}) for n in (1, 2)]
+    assert [trace.load_LE.tolist() for trace in read_traces(paths)] == [[[1, 1]], [[2, 1]]]
 
 
 def test_sglang_tokens_are_followed_and_padding_is_none(tmp_path: Path) -> None:
