@@ -46,7 +46,9 @@ def _chosen(ids: IntArray, experts: int, task: str, path: Path) -> LoadTrace:
 
 
 def read_csv(path: Path) -> LoadTrace:
-    """A row for each layer, a column for each expert; or rows of layer, expert, load (and window), with that header."""
+    """A row for each layer, a column for each expert, with no header or 0, 1, ... or expert_0, expert_1, ...; or rows
+    of layer, expert, load (and window), with that header. Any other header is of some other table: refused.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         try:
             rows = [row for row in csv.reader(file) if row]
@@ -57,14 +59,34 @@ def read_csv(path: Path) -> LoadTrace:
     header = [cell.strip() for cell in rows[0]]
     if {"layer", "expert", "load"} <= set(header):
         return _long(rows[1:], header, path)
-    if any(not _is_number(cell) for cell in header):
-        rows = rows[1:]
-    cells = [[_number(cell, line, path) for cell in row] for line, row in enumerate(rows, 1)]
+    first = 1
+    if _names_experts(header) and len(rows) > 1:
+        rows, first = rows[1:], 2
+    elif not all(_is_number(cell) for cell in header):
+        found = ", ".join(repr(cell) for cell in header[:4]) + (", ..." if len(header) > 4 else "")
+        raise ValueError(
+            f"{path}: found the columns {found}; expected layer, expert, load (and window), or expert_0, ..., "
+            f"or no header"
+        )
+    for line, row in enumerate(rows, first):
+        if len(row) != len(header):
+            raise ValueError(f"{path}: field 'rows' is ragged: line {line} has {len(row)} columns, not {len(header)}")
+    cells = [[_number(cell, line, path) for cell in row] for line, row in enumerate(rows, first)]
     return LoadTrace(load_WLE=numbers(cells, "rows", path, (2,))[None])
+
+
+def _names_experts(header: Sequence[str]) -> bool:
+    """The numbers from 0 on, in order, bare or all behind one of the usual prefixes."""
+    for prefix in ("", "expert_", "expert", "e"):
+        if list(header) == [f"{prefix}{expert}" for expert in range(len(header))]:
+            return True
+    return False
 
 
 def _long(rows: Sequence[Sequence[str]], header: Sequence[str], path: Path) -> LoadTrace:
     names = [name for name in ("window", "layer", "expert", "load") if name in header]
+    if len(set(header)) < len(header) or len(names) < len(header):
+        raise ValueError(f"{path}: found the columns {', '.join(header[:6])}; expected layer, expert, load and window")
     if any(len(row) != len(header) for row in rows) or not rows:
         raise ValueError(f"{path}: field 'rows' is ragged or empty; expected {len(header)} columns in every row")
     column = {n: [_number(row[header.index(n)], i, path) for i, row in enumerate(rows, 2)] for n in names}

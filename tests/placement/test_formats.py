@@ -291,6 +291,31 @@ def test_generic_tables_are_read(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "ours.npz").fingerprint == native.fingerprint
 
 
+@pytest.mark.parametrize("header", ["", "0,1\n", "expert_0,expert_1\n", "e0,e1\n"])
+def test_a_csv_of_loads_is_told_by_its_header_or_has_none(tmp_path: Path, header: str) -> None:
+    np.testing.assert_array_equal(
+        read_trace(saved(tmp_path / "t.csv", f"{header}1,2\n3,4\n")).load_LE, [[1, 2], [3, 4]]
+    )
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("id,age,height\n1,30,170\n2,40,180\n", "found the columns 'id', 'age', 'height'; expected layer, expert"),
+        (",0,1\n0,1,2\n1,3,4\n", "found the columns '', '0', '1'; expected layer, expert, load"),
+        ("expert_1,expert_0\n1,2\n", "found the columns 'expert_1', 'expert_0'"),
+        ("layer,count\n0,3\n", "found the columns 'layer', 'count'"),
+        ("layer,expert,load,price\n0,0,3,4\n", "found the columns layer, expert, load, price"),
+        ("e0,e1,e2\n1,2\n3,4\n", "line 2 has 2 columns, not 3"),
+    ],
+)
+def test_somebody_elses_csv_is_refused_by_its_columns(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_trace(saved(tmp_path / "t.csv", text))
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "t.csv"))
+
+
 @pytest.mark.parametrize(
     "name, value, message",
     [
