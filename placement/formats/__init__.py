@@ -128,6 +128,11 @@ def sidecar(plan: Plan, engine: str) -> bytes:
 def read_plan(path: str | os.PathLike[str], ranks: int) -> Plan:
     """A plan of ours or of any engine; ranks is needed where the file does not say how its slots are shared out."""
     path = Path(path)
+    with _named(path):
+        return _plan(path, ranks)
+
+
+def _plan(path: Path, ranks: int) -> Plan:
     if path.suffix in {".yaml", ".yml"}:
         return trtllm.read_plan(path, ranks)
     if path.suffix == ".csv":

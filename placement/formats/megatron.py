@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from placement.arrays import IntArray
-from placement.formats.source import field, integer, whole
+from placement.formats.source import field, integer, json_values, whole
 from placement.formats.table import flat_LP, from_flat
 from placement.plan import Plan
 from placement.trace import LoadTrace
@@ -39,6 +39,8 @@ def read(paths: Sequence[Path]) -> LoadTrace:
                 f"{path}: step {step}, rank {rank}, layer {layer} is in another file as well; give it once"
             )
         choices |= here
+    if all((expert_TK < 0).all() for expert_TK in choices.values()):
+        raise ValueError(f"{paths[0]}: field 'top_indices' holds no choice; nothing was traced")
     return _trace(choices)
 
 
@@ -47,10 +49,7 @@ def _records(path: Path) -> Choices:
     for line, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not text.strip():
             continue
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {line}: not JSON: {error.msg}") from None
+        record = json_values(text, f"{path}: line {line}")
         for name in ("step", "layer", "rank", "top_indices"):
             if not isinstance(record, dict) or name not in record:
                 raise ValueError(f"{path}: line {line}: field '{name}' is missing")
@@ -107,5 +106,8 @@ def write(plan: Plan) -> bytes:
 
 def read_plan(values: Any, path: Path, ranks: int) -> Plan:
     rows = field(values, KEY, path)
-    layers = sorted(int(layer) for layer in rows)
-    return from_flat(whole([rows[str(layer)] for layer in layers], KEY, path, (2,)), ranks, path, layers)
+    if not isinstance(rows, dict) or not rows or not all(layer.isdecimal() for layer in rows):
+        raise ValueError(f"{path}: field '{KEY}' must give a row for each layer's number; got {str(rows)[:60]}")
+    named = {int(layer): row for layer, row in rows.items()}
+    layers = sorted(named)
+    return from_flat(whole([named[layer] for layer in layers], KEY, path, (2,)), ranks, path, layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from placement.arrays import IntArray
-from placement.formats.source import numbers, whole
+from placement.formats.source import MOST_EXPERTS, busy, integer, numbers, whole
 from placement.merge import merge
 from placement.plan import EMPTY, Placement, Plan
 from placement.trace import LoadTrace
 
+MOST_CELLS = 2**27
 LOADS = ("load_WLE", "load", "loads", "weight", "counts")
 
 
@@ -25,14 +27,14 @@ def read_npz(values: dict[str, Any], path: Path) -> LoadTrace:
     for name in LOADS:
         if name in values:
             load = numbers(values[name], name, path, (2, 3))
-            return LoadTrace(load_WLE=load if load.ndim == 3 else load[None])
+            return LoadTrace(load_WLE=busy(load if load.ndim == 3 else load[None], name, path))
     tasks = sorted(name for name in values if name == "ids" or name.endswith("_ids"))
     if not tasks:
         found = ", ".join(sorted(values)[:4]) + (", ..." if len(values) > 4 else "")
         raise ValueError(f"{path}: found the fields {found}; expected one of {', '.join(LOADS)}, ids or <task>_ids")
     choices = {task: whole(values[task], task, path, (2, 3)) for task in tasks}
     most = max(int(ids.max()) for ids in choices.values()) + 1
-    experts = int(values["num_experts"]) if "num_experts" in values else most
+    experts = integer(values.get("num_experts", most), "num_experts", path, MOST_EXPERTS)
     return merge([_chosen(ids, experts, task, path) for task, ids in choices.items()])
 
 
@@ -72,7 +74,7 @@ def read_csv(path: Path) -> LoadTrace:
         if len(row) != len(header):
             raise ValueError(f"{path}: field 'rows' is ragged: line {line} has {len(row)} columns, not {len(header)}")
     cells = [[_number(cell, line, path) for cell in row] for line, row in enumerate(rows, first)]
-    return LoadTrace(load_WLE=numbers(cells, "rows", path, (2,))[None])
+    return LoadTrace(load_WLE=busy(numbers(cells, "rows", path, (2,))[None], "rows", path))
 
 
 def _names_experts(header: Sequence[str]) -> bool:
@@ -91,13 +93,17 @@ def _long(rows: Sequence[Sequence[str]], header: Sequence[str], path: Path) -> L
         raise ValueError(f"{path}: field 'rows' is ragged or empty; expected {len(header)} columns in every row")
     column = {n: [_number(row[header.index(n)], i, path) for i, row in enumerate(rows, 2)] for n in names}
     place = [whole(column[name], name, path, (1,)) for name in names[:-1]]
+    if math.prod(int(values.max()) + 1 for values in place) > MOST_CELLS:
+        raise ValueError(
+            f"{path}: fields {', '.join(names[:-1])} span more than {MOST_CELLS} loads, nearly all missing"
+        )
     if any(values.min() < 0 for values in place):
         raise ValueError(f"{path}: windows, layers and experts are numbered from 0")
     if "window" not in column:
         place.insert(0, np.zeros(len(rows), dtype=np.int64))
     load_WLE = np.zeros([int(values.max()) + 1 for values in place])
     np.add.at(load_WLE, tuple(place), numbers(column["load"], "load", path, (1,)))
-    return LoadTrace(load_WLE=load_WLE)
+    return LoadTrace(load_WLE=busy(load_WLE, "load", path))
 
 
 def _is_number(cell: str) -> bool:
