@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from placement.files import write_whole
+from placement.files import write_all
 from placement.formats import deepseek, exflow, megatron, sglang, table, trtllm, vllm
 from placement.formats.source import open_values
 from placement.plan import SCHEMA, Plan
@@ -105,8 +105,7 @@ def write_plan(plan: Plan, path: str | os.PathLike[str], engine: str, *, layers_
     if engine not in writers:
         raise ValueError(f"{engine!r} is not an engine this writes for; use one of {', '.join(ENGINES)}")
     content, beside = writers[engine](), Path(f"{os.fspath(path)}.sidecar.json")
-    write_whole(path, content)
-    write_whole(beside, sidecar(plan, engine))
+    write_all({Path(path): content, beside: sidecar(plan, engine)})
     return beside
 
 

@@ -155,6 +155,25 @@ def test_a_bad_recording_names_file_and_field_and_nothing_is_written(tmp_path: P
     assert "cannot write there" in run("plan", bad, *MACHINE, "-o", tmp_path / "no" / "p", code=2)
 
 
+def test_where_plan_or_sidecar_cannot_go_neither_is_written(tmp_path: Path, trace: Path) -> None:
+    (tmp_path / "z.json.sidecar.json").mkdir()
+    before = sorted(tmp_path.iterdir())
+    said = run("plan", trace, *MACHINE, "-o", tmp_path / "z.json", code=2)
+    assert f"{tmp_path / 'z.json.sidecar.json'}: cannot write there" in said
+    assert sorted(tmp_path.iterdir()) == before
+    run("plan", trace, *MACHINE, "-o", tmp_path / "p")
+    before = sorted(tmp_path.iterdir())
+    assert "cannot write there" in run("convert", tmp_path / "p", tmp_path / "z.json", "--to", "plan", code=2)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "cannot write there" in run("plan", tmp_path / "none.npz", *MACHINE, "-o", tmp_path / "p", code=2)
+
+
 def test_recordings_given_together_are_merged(tmp_path: Path) -> None:
     one, two = (drawn_loads(seed, layers=2) for seed in (0, 1))
     one.save(tmp_path / "1.npz")

@@ -120,6 +120,18 @@ def test_a_plan_that_an_engine_cannot_take_is_refused_and_nothing_is_written(tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_and_its_sidecar_are_written_both_or_neither_and_the_error_names_the_users_path(tmp_path: Path) -> None:
+    plan = Packed()(drawn_loads(0, layers=1), COPIES)
+    (tmp_path / "z.json.sidecar.json").mkdir()
+    with pytest.raises(OSError) as caught:
+        write_plan(plan, tmp_path / "z.json", "plan")
+    assert caught.value.filename == str(tmp_path / "z.json.sidecar.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["z.json.sidecar.json"]
+    with pytest.raises(FileNotFoundError) as missing:
+        write_plan(plan, tmp_path / "no" / "p.json", "plan")
+    assert missing.value.filename == str(tmp_path / "no" / "p.json")
+
+
 def test_the_eplb_triple_tells_one_story(tmp_path: Path) -> None:
     write_plan(Packed()(drawn_loads(0, layers=2), COPIES), tmp_path / "p.npz", "eplb")
     tables = np.load(tmp_path / "p.npz")
