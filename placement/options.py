@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ import typer
 
 from placement.affinity import Affinity
 from placement.formats import read_traces
-from placement.formats.source import MOST_EXPERTS
+from placement.formats.source import MOST_EXPERTS, json_values
 from placement.greedy import Packed, Planner, RoundRobin
 from placement.groups import PricedGroups, StrictGroups
 from placement.ilp import Ilp, IlpWhole
@@ -170,8 +169,10 @@ def curve_of(path: Path | None, shape: ExpertShape) -> GemmCurve:
     if path is None:
         return GemmCurve.modelled(shape)
     try:
-        return GemmCurve.read(json.loads(path.read_bytes()))
+        curve = GemmCurve.read(json_values(path.read_bytes(), "JSON"))
+        curve.require(shape)
+        return curve
     except KeyError as error:
         raise ValueError(f"{path}: field {error} is missing; expected what `moe-place calibrate` writes") from None
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a curve: {error}") from None
+        raise ValueError(f"{path}: not a curve for this: {error}") from None

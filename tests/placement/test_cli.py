@@ -219,6 +219,10 @@ def test_times_say_what_was_measured_and_what_was_modelled(tmp_path: Path, trace
     assert curve["source"].startswith("measured: ")
     timed = facts("simulate", trace, tmp_path / "p", "--curve", tmp_path / "c", "--dim", 16, "--hidden", 8)
     assert len(timed["measured"]) == 1
+    other = run("simulate", trace, tmp_path / "p", "--curve", tmp_path / "c", "--dim", 16, "--hidden", 9, code=2)
+    assert "c: not a curve for this: the curve is of experts of 16 x 8, not 16 x 9" in other
+    (tmp_path / "c").write_text('{"rows": [1, 2], "seconds": [1, 2], "source": "measured"}')
+    assert "field 'dim' is missing" in run("simulate", trace, tmp_path / "p", "--curve", tmp_path / "c", code=2)
     assert timed["seconds"] == pytest.approx(timed["compute_seconds"] + timed["link_seconds"])
     sizes = facts("size", trace, "--ranks", "2,4", "--spare", "0,4", "--ranks-per-node", 2)["sizes"]
     assert [(each["ranks"], each["slots"]) for each in sizes] == [(2, 32), (2, 36), (4, 32), (4, 36)]
