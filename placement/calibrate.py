@@ -34,7 +34,8 @@ def calibrate(
         seconds.append(float(np.median(times)))
         done(count)
     sizes = f"{shape.matrices} matrices of {shape.dim} x {shape.hidden}"
-    return GemmCurve(rows=tuple(ascending), seconds=tuple(seconds), source=f"measured: {source}, {sizes}")
+    source = f"measured: {source}, {sizes}"
+    return GemmCurve(rows=tuple(ascending), seconds=tuple(seconds), source=source, dim=shape.dim, hidden=shape.hidden)
 
 
 def _torch(shape: ExpertShape) -> tuple[Callable[[int], None], str]:

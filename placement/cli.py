@@ -17,7 +17,7 @@ import typer
 from placement import cli_time, options
 from placement.certify import verify as verified
 from placement.console import emit, errors_in_one_line, new_file, say, show, working
-from placement.files import write_whole
+from placement.files import write_all, write_whole
 from placement.formats import ENGINES, read_plan, read_trace, sidecar, write_plan
 from placement.metrics import fan_out, local_share, moves_L, peak_over_mean, peak_over_mean_L, rank_load_WLR
 from placement.plan import Plan
@@ -56,7 +56,7 @@ def plan(
 ) -> None:
     """Decide where experts live."""
     with errors_in_one_line():
-        new_file(out)
+        new_file(out, sidecar=True)
         loads = options.traces(trace, window, experts)
         topology = options.topology(nodes, ranks_per_node, slots, speed, loads.num_experts)
         topology = options.remembered(topology, memory_gb, expert_mb)
@@ -81,8 +81,7 @@ def plan(
         with working("planning"):
             made = chosen(loads, topology)
         seconds = time.perf_counter() - begun
-        write_whole(out, made.to_json().encode())
-        write_whole(Path(f"{out}.sidecar.json"), sidecar(made, "plan"))
+        write_all({out: made.to_json().encode(), Path(f"{out}.sidecar.json"): sidecar(made, "plan")})
         facts = _planned(made, before, seconds)
         emit(facts) if as_json else _show_plan(facts, out)
 
@@ -222,7 +221,7 @@ def convert(
 ) -> None:
     """Rewrite a plan for an engine, with a sidecar of what it proves; or a recording as a trace of ours."""
     with errors_in_one_line():
-        new_file(target)
+        new_file(target, sidecar=to != "trace")
         written = [str(target)]
         if to == "trace":
             read_trace(source).save(target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,8 +67,10 @@ def say(text: str) -> None:
     OUT.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def new_file(path: Path) -> Path:
-    """A path that can be written to, said before any work is done."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: cannot write there; give a file in a folder that exists")
+def new_file(path: Path, *, sidecar: bool = False) -> Path:
+    """A path that can be written to, and its sidecar's as well, said before any work is done."""
+    for target in (path, Path(f"{path}.sidecar.json")) if sidecar else (path,):
+        folder = target.absolute().parent
+        if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"{target}: cannot write there; give a file in a folder that exists and can be written to")
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,8 @@ from typing import Annotated
 import typer
 
 from placement.affinity import Affinity
-from placement.formats import read_trace
+from placement.formats import read_traces
+from placement.formats.source import MOST_EXPERTS, json_values
 from placement.greedy import Packed, Planner, RoundRobin
 from placement.groups import PricedGroups, StrictGroups
 from placement.ilp import Ilp, IlpWhole
@@ -50,7 +50,7 @@ Hidden = Annotated[int, typer.Option(help="An expert's hidden width.")]
 
 
 def traces(paths: Sequence[Path], window: int, experts: int) -> LoadTrace:
-    read = [read_trace(path) for path in paths]
+    read = read_traces(paths)
     most = max([experts, *(trace.num_experts for trace in read)])
     if experts and most > experts:
         raise ValueError(f"the trace has {most} experts, more than --experts {experts}")
@@ -63,10 +63,12 @@ def topology(nodes: int, ranks_per_node: int, slots: str, speed: str, num_expert
     if nodes < 1 or ranks_per_node < 1:
         raise ValueError(f"--nodes and --ranks-per-node must be at least 1; got {nodes} and {ranks_per_node}")
     ranks = nodes * ranks_per_node
+    if ranks > MOST_EXPERTS:
+        raise ValueError(f"--nodes and --ranks-per-node make {ranks} ranks; expected at most {MOST_EXPERTS}")
     speed_R = tuple(numbers(speed, "--speed", ranks)) if speed else ()
     each = [int(value) for value in numbers(slots, "--slots")]
-    if any(value < 0 for value in each):
-        raise ValueError(f"--slots must be >= 0; got {slots}")
+    if any(not 0 <= value <= MOST_EXPERTS for value in each):
+        raise ValueError(f"--slots must be from 0 to {MOST_EXPERTS}; got {slots}")
     if len(each) == 1 and each[0] >= num_experts:
         return replace(Topology.sharing(slots=each[0], ranks=ranks, ranks_per_node=ranks_per_node), speed_R=speed_R)
     if len(each) == 1:
@@ -93,6 +95,8 @@ def numbers(text: str, option: str, count: int = 0) -> list[float]:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} must be numbers with commas between; got {text!r}") from None
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{option} must be finite numbers; got {text!r}")
     if count and len(values) != count:
         raise ValueError(f"{option} needs {count} numbers, one for each rank; got {len(values)}")
     if option not in {"--speed", "--memory-gb"} and any(value % 1 for value in values):
@@ -165,8 +169,10 @@ def curve_of(path: Path | None, shape: ExpertShape) -> GemmCurve:
     if path is None:
         return GemmCurve.modelled(shape)
     try:
-        return GemmCurve.read(json.loads(path.read_bytes()))
+        curve = GemmCurve.read(json_values(path.read_bytes(), "JSON"))
+        curve.require(shape)
+        return curve
     except KeyError as error:
         raise ValueError(f"{path}: field {error} is missing; expected what `moe-place calibrate` writes") from None
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a curve: {error}") from None
+        raise ValueError(f"{path}: not a curve for this: {error}") from None

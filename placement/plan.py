@@ -201,7 +201,9 @@ class Plan:
             document = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{source}: not a plan: line {error.lineno}: {error.msg}") from None
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            raise ValueError(f"{source}: not a plan: brackets nested too deep") from None
+        except ValueError as error:
             raise ValueError(f"{source}: not a plan: {error}") from None
         if not isinstance(document, dict) or "schema" not in document:
             raise ValueError(f"{source}: not a plan: field 'schema' is missing; expected {SCHEMA!r}")

@@ -47,12 +47,15 @@ class ExpertShape:
 class GemmCurve:
     """Seconds that a rank of speed 1 needs for so many rows of one layer. source: who measured it, or that nobody did.
 
-    Between the rows given it is interpolated; beyond the last, extended at its last slope.
+    Between the rows given it is interpolated; beyond the last, extended at its last slope. dim, hidden: the expert it
+    holds for; 0 where it is anyone's, as one made by hand may be.
     """
 
     rows: tuple[float, ...]
     seconds: tuple[float, ...]
     source: str
+    dim: int = 0
+    hidden: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(float(value) for value in self.rows))
@@ -68,11 +71,21 @@ class GemmCurve:
         """Nobody measured this: a launch of `floor` seconds, then rows at a steady rate of `flops`."""
         cost = 2 * shape.matrices * shape.dim * shape.hidden / flops
         source = f"modelled: {floor:.3g} s + rows at {flops / 1e12:.4g} TFLOP/s"
-        return cls(rows=(0, 1e6), seconds=(floor, floor + 1e6 * cost), source=source)
+        seconds = (floor, floor + 1e6 * cost)
+        return cls(rows=(0, 1e6), seconds=seconds, source=source, dim=shape.dim, hidden=shape.hidden)
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(rows=tuple(fields["rows"]), seconds=tuple(fields["seconds"]), source=str(fields["source"]))
+        sizes = {name: int(fields[name]) for name in ("dim", "hidden")}
+        return cls(rows=tuple(fields["rows"]), seconds=tuple(fields["seconds"]), source=str(fields["source"]), **sizes)
+
+    def require(self, shape: ExpertShape) -> None:
+        """Refuse seconds that are of other matrices."""
+        if (self.dim or shape.dim, self.hidden or shape.hidden) != (shape.dim, shape.hidden):
+            raise ValueError(
+                f"the curve is of experts of {self.dim} x {self.hidden}, not {shape.dim} x {shape.hidden}; calibrate "
+                f"for this shape (--dim, --hidden)"
+            )
 
     def __call__(self, rows: FloatArray) -> FloatArray:
         """0 for no rows."""
@@ -98,6 +111,7 @@ class Simulation:
 
 
 def simulate(plan: Plan, trace: LoadTrace, topology: Topology, curve: GemmCurve, shape: ExpertShape) -> Simulation:
+    curve.require(shape)
     load_WLR = rank_load_WLR(plan, trace.load_WLE)
     compute_WL = (curve(load_WLR) / np.array(topology.speed_R)).max(axis=2)
     if trace.expert_TLK is None:

@@ -21,6 +21,8 @@ from placement.files import read_npz, write_whole
 
 SCHEMA = "evenmoe.trace/1"
 NOBODY = -1
+# Larger loads overflow once squared or added up.
+MOST_LOAD = 1e100
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +55,8 @@ class LoadTrace:
         if not np.isfinite(load_WLE).all():
             window, layer, expert = np.argwhere(~np.isfinite(load_WLE))[0].tolist()
             raise ValueError(f"load_WLE[{window}, {layer}, {expert}] is {load_WLE[window, layer, expert]}; use numbers")
+        if load_WLE.max() > MOST_LOAD:
+            raise ValueError(f"load_WLE holds {load_WLE.max():g}; use numbers up to {MOST_LOAD:g}")
         if load_WLE.min() < 0:
             window, layer, expert = np.argwhere(load_WLE < 0)[0].tolist()
             raise ValueError(f"load_WLE[{window}, {layer}, {expert}] is negative: {load_WLE[window, layer, expert]}")
@@ -252,6 +256,8 @@ class LoadTrace:
         schema = str(fields.pop("schema", ""))
         if schema != SCHEMA:
             raise ValueError(f"{name}: field 'schema' is {schema!r}; this version reads {SCHEMA!r}")
+        if unknown := sorted(fields.keys() - cls.__dataclass_fields__.keys()):
+            raise ValueError(f"{name}: field '{unknown[0]}' is not one of a trace's")
         if "load_WLE" not in fields:
             raise ValueError(f"{name}: field 'load_WLE' is missing")
         try:
@@ -259,7 +265,7 @@ class LoadTrace:
             fields["layer_L"] = tuple(int(value) for value in fields.get("layer_L", ()))
             fields["layers_in_model"] = int(fields.get("layers_in_model", 0))
             return cls(**fields)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{name}: {error}") from None
 
     def _arrays(self) -> dict[str, NDArray[Any]]:

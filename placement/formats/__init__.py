@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from placement.files import write_whole
+from placement.files import write_all
 from placement.formats import deepseek, exflow, megatron, sglang, table, trtllm, vllm
 from placement.formats.source import open_values
 from placement.plan import SCHEMA, Plan
@@ -20,29 +22,63 @@ ENGINES = ("sglang", "trtllm", "vllm", "ascend", "eplb", "exflow", "megatron", "
 
 def read_trace(path: str | os.PathLike[str]) -> LoadTrace:
     """A recording by any engine, or a trace of our own."""
-    path = Path(path)
-    if path.is_dir():
-        return trtllm.read(path)
+    (trace,) = read_traces([Path(path)])
+    return trace
+
+
+def read_traces(paths: Sequence[Path]) -> list[LoadTrace]:
+    """The recordings in some files. Where an engine writes a file for each rank, the ranks' files are one recording:
+    their passes or steps are added up. All other files are a recording each.
+    """
+    traces: list[LoadTrace] = []
+    rank_files: list[tuple[object, Path]] = []
+    lines = [path for path in paths if path.suffix == ".jsonl" and not path.is_dir()]
+    for path in paths:
+        if path in lines:
+            continue
+        with _named(path):
+            values = None if path.is_dir() or path.suffix == ".csv" else open_values(path)
+            if sglang.ranks_of_one(values):
+                rank_files.append((values, path))
+            else:
+                traces.append(_recording(values, path))
+    if rank_files:
+        with _named(rank_files[0][1], *(path for _, path in rank_files)):
+            traces.append(sglang.read_ranks(rank_files))
+    if lines:
+        with _named(*lines):
+            traces.append(megatron.read(lines))
+    return traces
+
+
+@contextmanager
+def _named(path: Path, *others: Path) -> Iterator[None]:
+    """Every error begins with the file it is about."""
     try:
-        if path.suffix == ".jsonl":
-            return megatron.read(path)
-        if path.suffix == ".csv":
-            return table.read_csv(path)
-        values = open_values(path)
-        if isinstance(values, dict) and "schema" in values and path.suffix == ".npz":
-            return LoadTrace.load(path)
-        return _recording(values, path)
+        yield
     except ValueError as error:
-        raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from None
+        if str(error).startswith(tuple(str(name) for name in (path, *others))):
+            raise
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _recording(values: object, path: Path) -> LoadTrace:
-    if sglang.knows(values):
-        return sglang.read(values, path)
-    if vllm.knows(values):
-        return vllm.read(values, path)
-    if isinstance(values, dict):
-        return table.read_npz(values, path)
+    if path.is_dir():
+        return trtllm.read(path)
+    if path.suffix == ".csv":
+        return table.read_csv(path)
+    if not isinstance(values, dict):
+        return _table(values, path)
+    if "schema" in values and path.suffix == ".npz":
+        return LoadTrace.load(path)
+    for engine in (sglang, vllm):
+        if engine.knows(values):
+            trace: LoadTrace = engine.read(values, path)
+            return trace
+    return table.read_npz(values, path)
+
+
+def _table(values: object, path: Path) -> LoadTrace:
     if path.suffix == ".npy" and getattr(values, "ndim", 0) == 2:
         rows, columns = values.shape  # type: ignore[attr-defined]
         # Tokens outnumber layers; experts outnumber layers. A weight tensor is wide, a list of choices is tall.
@@ -69,8 +105,7 @@ def write_plan(plan: Plan, path: str | os.PathLike[str], engine: str, *, layers_
     if engine not in writers:
         raise ValueError(f"{engine!r} is not an engine this writes for; use one of {', '.join(ENGINES)}")
     content, beside = writers[engine](), Path(f"{os.fspath(path)}.sidecar.json")
-    write_whole(path, content)
-    write_whole(beside, sidecar(plan, engine))
+    write_all({Path(path): content, beside: sidecar(plan, engine)})
     return beside
 
 
@@ -92,6 +127,11 @@ def sidecar(plan: Plan, engine: str) -> bytes:
 def read_plan(path: str | os.PathLike[str], ranks: int) -> Plan:
     """A plan of ours or of any engine; ranks is needed where the file does not say how its slots are shared out."""
     path = Path(path)
+    with _named(path):
+        return _plan(path, ranks)
+
+
+def _plan(path: Path, ranks: int) -> Plan:
     if path.suffix in {".yaml", ".yml"}:
         return trtllm.read_plan(path, ranks)
     if path.suffix == ".csv":

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from placement.formats.source import numbers, whole
+from placement.formats.source import busy, numbers, whole
 from placement.formats.table import flat_LP, from_flat
 from placement.plan import Plan
 from placement.trace import LoadTrace
@@ -19,7 +19,7 @@ KEY = "phy2log"
 def read(values: Any, path: Path) -> LoadTrace:
     """One window; or several, of a tensor [windows, layers, experts]."""
     weight = numbers(values, "weight", path, (2, 3))
-    return LoadTrace(load_WLE=weight if weight.ndim == 3 else weight[None])
+    return LoadTrace(load_WLE=busy(weight if weight.ndim == 3 else weight[None], "weight", path))
 
 
 def triple(plan: Plan) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:

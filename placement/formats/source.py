@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ from numpy.typing import NDArray
 
 from placement.arrays import FloatArray, IntArray
 from placement.files import read_npz
+from placement.trace import MOST_LOAD
 
 # The -1 that engines pad tables with.
 PADDING = -1
+# A step or a pass counts up for as long as an engine runs; beyond this the field held something else.
+MOST = 2**53
+# No model has so many experts or layers, no machine so many slots: what says so is damaged.
+MOST_EXPERTS = 2**16
 
 
 def open_values(path: Path) -> Any:
@@ -31,10 +37,16 @@ def open_values(path: Path) -> Any:
             raise ValueError(f"{path}: not an .npy file, or a damaged one: {error}") from None
     if path.suffix in {".pt", ".pth"}:
         return _torch_values(content, path)
+    return json_values(content, str(path))
+
+
+def json_values(content: str | bytes, where: str) -> Any:
     try:
         return json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not JSON: brackets nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
 
 
 def _torch_values(content: bytes, path: Path) -> Any:
@@ -43,7 +55,10 @@ def _torch_values(content: bytes, path: Path) -> Any:
     except ImportError:
         raise ValueError(f"{path}: reading a .pt file needs torch; save it as .npz instead") from None
     try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch warns of a pickle it does not know before it raises the error that is reported here.
+            warnings.simplefilter("ignore")
+            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler met
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path}: not a torch file of tensors, or a damaged one: {line}") from None
@@ -65,6 +80,24 @@ def field(values: Any, name: str, path: Path) -> Any:
     return values[name]
 
 
+def integer(value: Any, name: str, path: Path, most: int = MOST) -> int:
+    """One whole number from 0 to most."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
+        raise ValueError(f"{path}: field '{name}' must be a whole number; got {str(value)[:40]!r}")
+    if not 0 <= value <= most:
+        raise ValueError(f"{path}: field '{name}' is {str(value)[:40]}; expected 0 to {most}")
+    return int(value)
+
+
+def listed(value: Any, name: str, path: Path) -> list[Any]:
+    """A list with something in it."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{path}: field '{name}' must be a list, and not an empty one")
+    return value
+
+
 def numbers(value: Any, name: str, path: Path, ndim: tuple[int, ...]) -> FloatArray:
     """Finite numbers >= 0 in so many dimensions."""
     array = _array(value, name, path, ndim)
@@ -72,16 +105,20 @@ def numbers(value: Any, name: str, path: Path, ndim: tuple[int, ...]) -> FloatAr
         raise ValueError(f"{path}: field '{name}' holds {array[~np.isfinite(array)][0]}; expected finite numbers")
     if array.size and array.min() < 0:
         raise ValueError(f"{path}: field '{name}' holds the negative number {array.min():g}")
+    if float(array.max()) > MOST_LOAD:
+        raise ValueError(f"{path}: field '{name}' holds {array.max():g}; expected numbers up to {MOST_LOAD:g}")
     return array.astype(np.float64)
 
 
-def whole(value: Any, name: str, path: Path, ndim: tuple[int, ...]) -> IntArray:
-    """Whole numbers from -1 up in so many dimensions."""
+def whole(value: Any, name: str, path: Path, ndim: tuple[int, ...], most: int = MOST_EXPERTS) -> IntArray:
+    """Whole numbers from -1 up, below most, in so many dimensions."""
     array = _array(value, name, path, ndim)
     if not np.isfinite(array).all() or (array % 1).any():
         raise ValueError(f"{path}: field '{name}' must hold whole numbers")
     if array.size and array.min() < PADDING:
         raise ValueError(f"{path}: field '{name}' holds {array.min():g}; expected an expert, or -1 for none")
+    if array.max() >= most:
+        raise ValueError(f"{path}: field '{name}' holds {array.max():g}; expected numbers below {most}")
     return array.astype(np.int64)
 
 
@@ -109,6 +146,15 @@ def to_logical(count_WLP: FloatArray, expert_LP: IntArray, path: Path) -> FloatA
     for layer, expert_P in enumerate(expert_LP):
         in_slot_PE = expert_P[:, None] == np.arange(load_WLE.shape[2])
         load_WLE[:, layer] = count_WLP[:, layer] @ in_slot_PE
+    return load_WLE
+
+
+def busy(load_WLE: FloatArray, name: str, path: Path) -> FloatArray:
+    """The same, refused where a layer saw no load."""
+    if (idle := np.flatnonzero(load_WLE.sum(axis=(0, 2)) == 0)).size:
+        raise ValueError(
+            f"{path}: field '{name}' is zero for every expert of layer {int(idle[0])}; leave out layers without load"
+        )
     return load_WLE
 
 

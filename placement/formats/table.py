@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from placement.arrays import IntArray
-from placement.formats.source import numbers, whole
+from placement.formats.source import MOST_EXPERTS, busy, integer, numbers, whole
 from placement.merge import merge
 from placement.plan import EMPTY, Placement, Plan
 from placement.trace import LoadTrace
 
+MOST_CELLS = 2**27
 LOADS = ("load_WLE", "load", "loads", "weight", "counts")
 
 
@@ -25,14 +27,14 @@ def read_npz(values: dict[str, Any], path: Path) -> LoadTrace:
     for name in LOADS:
         if name in values:
             load = numbers(values[name], name, path, (2, 3))
-            return LoadTrace(load_WLE=load if load.ndim == 3 else load[None])
+            return LoadTrace(load_WLE=busy(load if load.ndim == 3 else load[None], name, path))
     tasks = sorted(name for name in values if name == "ids" or name.endswith("_ids"))
     if not tasks:
         found = ", ".join(sorted(values)[:4]) + (", ..." if len(values) > 4 else "")
         raise ValueError(f"{path}: found the fields {found}; expected one of {', '.join(LOADS)}, ids or <task>_ids")
     choices = {task: whole(values[task], task, path, (2, 3)) for task in tasks}
     most = max(int(ids.max()) for ids in choices.values()) + 1
-    experts = int(values["num_experts"]) if "num_experts" in values else most
+    experts = integer(values.get("num_experts", most), "num_experts", path, MOST_EXPERTS)
     return merge([_chosen(ids, experts, task, path) for task, ids in choices.items()])
 
 
@@ -46,7 +48,9 @@ def _chosen(ids: IntArray, experts: int, task: str, path: Path) -> LoadTrace:
 
 
 def read_csv(path: Path) -> LoadTrace:
-    """A row for each layer, a column for each expert; or rows of layer, expert, load (and window), with that header."""
+    """A row for each layer, a column for each expert, with no header or 0, 1, ... or expert_0, expert_1, ...; or rows
+    of layer, expert, load (and window), with that header. Any other header is of some other table: refused.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         try:
             rows = [row for row in csv.reader(file) if row]
@@ -57,25 +61,49 @@ def read_csv(path: Path) -> LoadTrace:
     header = [cell.strip() for cell in rows[0]]
     if {"layer", "expert", "load"} <= set(header):
         return _long(rows[1:], header, path)
-    if any(not _is_number(cell) for cell in header):
-        rows = rows[1:]
-    cells = [[_number(cell, line, path) for cell in row] for line, row in enumerate(rows, 1)]
-    return LoadTrace(load_WLE=numbers(cells, "rows", path, (2,))[None])
+    first = 1
+    if _names_experts(header) and len(rows) > 1:
+        rows, first = rows[1:], 2
+    elif not all(_is_number(cell) for cell in header):
+        found = ", ".join(repr(cell) for cell in header[:4]) + (", ..." if len(header) > 4 else "")
+        raise ValueError(
+            f"{path}: found the columns {found}; expected layer, expert, load (and window), or expert_0, ..., "
+            f"or no header"
+        )
+    for line, row in enumerate(rows, first):
+        if len(row) != len(header):
+            raise ValueError(f"{path}: field 'rows' is ragged: line {line} has {len(row)} columns, not {len(header)}")
+    cells = [[_number(cell, line, path) for cell in row] for line, row in enumerate(rows, first)]
+    return LoadTrace(load_WLE=busy(numbers(cells, "rows", path, (2,))[None], "rows", path))
+
+
+def _names_experts(header: Sequence[str]) -> bool:
+    """The numbers from 0 on, in order, bare or all behind one of the usual prefixes."""
+    for prefix in ("", "expert_", "expert", "e"):
+        if list(header) == [f"{prefix}{expert}" for expert in range(len(header))]:
+            return True
+    return False
 
 
 def _long(rows: Sequence[Sequence[str]], header: Sequence[str], path: Path) -> LoadTrace:
     names = [name for name in ("window", "layer", "expert", "load") if name in header]
+    if len(set(header)) < len(header) or len(names) < len(header):
+        raise ValueError(f"{path}: found the columns {', '.join(header[:6])}; expected layer, expert, load and window")
     if any(len(row) != len(header) for row in rows) or not rows:
         raise ValueError(f"{path}: field 'rows' is ragged or empty; expected {len(header)} columns in every row")
     column = {n: [_number(row[header.index(n)], i, path) for i, row in enumerate(rows, 2)] for n in names}
     place = [whole(column[name], name, path, (1,)) for name in names[:-1]]
+    if math.prod(int(values.max()) + 1 for values in place) > MOST_CELLS:
+        raise ValueError(
+            f"{path}: fields {', '.join(names[:-1])} span more than {MOST_CELLS} loads, nearly all missing"
+        )
     if any(values.min() < 0 for values in place):
         raise ValueError(f"{path}: windows, layers and experts are numbered from 0")
     if "window" not in column:
         place.insert(0, np.zeros(len(rows), dtype=np.int64))
     load_WLE = np.zeros([int(values.max()) + 1 for values in place])
     np.add.at(load_WLE, tuple(place), numbers(column["load"], "load", path, (1,)))
-    return LoadTrace(load_WLE=load_WLE)
+    return LoadTrace(load_WLE=busy(load_WLE, "load", path))
 
 
 def _is_number(cell: str) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placement.arrays import FloatArray
-from placement.formats.source import field, open_values, whole
+from placement.formats.source import MOST_EXPERTS, field, integer, open_values, whole
 from placement.formats.table import flat_LP, from_flat
 from placement.plan import Plan
 from placement.trace import LoadTrace
@@ -33,7 +33,7 @@ def read(folder: Path) -> LoadTrace:
     meta = folder / "meta_info.json"
     if not meta.exists():
         raise ValueError(f"{folder}: meta_info.json is missing; expected a folder of TensorRT-LLM expert statistics")
-    experts = int(field(open_values(meta), "num_experts", meta))
+    experts = integer(field(open_values(meta), "num_experts", meta), "num_experts", meta, MOST_EXPERTS)
     files = sorted(folder.glob("rank*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no rank*.safetensors; the statistics were not written")
@@ -72,7 +72,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, FloatArray]]:
             start, end = entry["data_offsets"]
             values: NDArray[Any] = np.frombuffer(body[start:end], dtype=INTEGERS[str(entry["dtype"])])
             yield key, values.reshape(entry["shape"]).astype(np.float64)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a safetensors file, or a damaged one: {error}") from None
 
 
@@ -92,7 +92,7 @@ def read_plan(path: Path, ranks: int) -> Plan:
         if colon and name.strip().isdigit() and name.startswith(" "):
             try:
                 rows[int(name)] = json.loads(value)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 raise ValueError(f"{path}: field 'initial_global_assignments.{name.strip()}' is not a list") from None
     if not rows:
         raise ValueError(f"{path}: field 'initial_global_assignments' is missing or empty")

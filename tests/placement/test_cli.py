@@ -127,6 +127,9 @@ def test_groups_are_priced_or_strict(tmp_path: Path, trace: Path) -> None:
         (("--speed", "1,2"), "--speed needs 4 numbers"),
         (("--memory-gb", "0.07", "--expert-mb", "10"), "32 experts do not fit 4 ranks with 28 slots in all"),
         (("--memory-gb", "1"), "--memory-gb needs --expert-mb"),
+        (("--slots", "1000000000"), "--slots must be from 0 to 65536"),
+        (("--memory-gb", "nan", "--expert-mb", "1"), "--memory-gb must be finite numbers; got 'nan'"),
+        (("--nodes", "99999999"), "ranks; expected at most 65536"),
         (("--nodes", "0"), "--nodes and --ranks-per-node must be at least 1"),
         (("--experts", "4"), "more than --experts 4"),
     ],
@@ -152,6 +155,25 @@ def test_a_bad_recording_names_file_and_field_and_nothing_is_written(tmp_path: P
     assert "cannot write there" in run("plan", bad, *MACHINE, "-o", tmp_path / "no" / "p", code=2)
 
 
+def test_where_plan_or_sidecar_cannot_go_neither_is_written(tmp_path: Path, trace: Path) -> None:
+    (tmp_path / "z.json.sidecar.json").mkdir()
+    before = sorted(tmp_path.iterdir())
+    said = run("plan", trace, *MACHINE, "-o", tmp_path / "z.json", code=2)
+    assert f"{tmp_path / 'z.json.sidecar.json'}: cannot write there" in said
+    assert sorted(tmp_path.iterdir()) == before
+    run("plan", trace, *MACHINE, "-o", tmp_path / "p")
+    before = sorted(tmp_path.iterdir())
+    assert "cannot write there" in run("convert", tmp_path / "p", tmp_path / "z.json", "--to", "plan", code=2)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "cannot write there" in run("plan", tmp_path / "none.npz", *MACHINE, "-o", tmp_path / "p", code=2)
+
+
 def test_recordings_given_together_are_merged(tmp_path: Path) -> None:
     one, two = (drawn_loads(seed, layers=2) for seed in (0, 1))
     one.save(tmp_path / "1.npz")
@@ -159,6 +181,16 @@ def test_recordings_given_together_are_merged(tmp_path: Path) -> None:
     said = facts("plan", tmp_path / "1.npz", tmp_path / "2.npz", *MACHINE, "-o", tmp_path / "p")
     assert said["provenance"]["trace"] == merge([one, two]).fingerprint
     assert said["planner"] == "robust"
+
+
+def test_the_ranks_files_of_one_recording_are_one_set_of_windows(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        counts = np.arange(32)[None] * (rank + 1) + 1
+        records = [{"forward_pass_id": 3, "rank": rank, "global_physical_count": counts.tolist()}]
+        document = {"records": records, "last_physical_to_logical_map": [list(range(32))]}
+        (tmp_path / f"{rank}.json").write_text(json.dumps(document))
+    both = tmp_path / "0.json", tmp_path / "1.json"
+    assert facts("plan", *both, *MACHINE, "-o", tmp_path / "p")["planner"] == "packed"
 
 
 def test_tables_of_loads_of_different_models_are_not_merged(tmp_path: Path) -> None:
@@ -187,6 +219,10 @@ def test_times_say_what_was_measured_and_what_was_modelled(tmp_path: Path, trace
     assert curve["source"].startswith("measured: ")
     timed = facts("simulate", trace, tmp_path / "p", "--curve", tmp_path / "c", "--dim", 16, "--hidden", 8)
     assert len(timed["measured"]) == 1
+    other = run("simulate", trace, tmp_path / "p", "--curve", tmp_path / "c", "--dim", 16, "--hidden", 9, code=2)
+    assert "c: not a curve for this: the curve is of experts of 16 x 8, not 16 x 9" in other
+    (tmp_path / "c").write_text('{"rows": [1, 2], "seconds": [1, 2], "source": "measured"}')
+    assert "field 'dim' is missing" in run("simulate", trace, tmp_path / "p", "--curve", tmp_path / "c", code=2)
     assert timed["seconds"] == pytest.approx(timed["compute_seconds"] + timed["link_seconds"])
     sizes = facts("size", trace, "--ranks", "2,4", "--spare", "0,4", "--ranks-per-node", 2)["sizes"]
     assert [(each["ranks"], each["slots"]) for each in sizes] == [(2, 32), (2, 36), (4, 32), (4, 36)]

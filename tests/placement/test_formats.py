@@ -1,21 +1,19 @@
-"""Every engine's files: what goes in is counted right, what goes out comes back, what is damaged is named."""
+"""Every engine's plans: what goes out comes back, and what an engine cannot take is refused."""
 
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.numpy import save_file
 
 from placement import Packed, Plan, Topology
-from placement.formats import ENGINES, read_plan, read_trace, write_plan
-from tests.placement.strategies import choices, drawn_loads
+from placement.formats import ENGINES, read_plan, write_plan
+from tests.placement.saved import saved
+from tests.placement.strategies import drawn_loads
 
 SINGLE = Topology.even(ranks=4, slots=8, ranks_per_node=4)
 COPIES = Topology.even(ranks=4, slots=9, ranks_per_node=4)
@@ -61,6 +59,53 @@ def test_tensorrt_llm_gets_the_models_own_layer_numbers(tmp_path: Path) -> None:
     assert read_plan(tmp_path / "p.yaml", 4).layer_L == tuple(range(3, 61))
 
 
+def shuffled_ascend(tmp_path: Path) -> tuple[Plan, dict[str, Any]]:
+    """Layers 3, 5 and 9, and the devices of each, in some other order."""
+    plan = replace(Packed()(drawn_loads(0, layers=3), COPIES), layer_L=(3, 5, 9))
+    write_plan(plan, tmp_path / "p.json", "ascend")
+    document: dict[str, Any] = json.loads((tmp_path / "p.json").read_text())
+    document["layer_list"] = [document["layer_list"][at] for at in (2, 0, 1)]
+    for layer in document["layer_list"]:
+        layer["device_list"] = [layer["device_list"][at] for at in (1, 3, 0, 2)]
+    return plan, document
+
+
+def test_an_ascend_map_is_read_by_its_numbers_in_whatever_order_it_lists_them(tmp_path: Path) -> None:
+    plan, document = shuffled_ascend(tmp_path)
+    back = read_plan(saved(tmp_path / "p.json", document), 0)
+    assert back.layer_L == (3, 5, 9)
+    assert back.placement_L == plan.placement_L
+
+
+@pytest.mark.parametrize(
+    "where, value, message",
+    [
+        (("layer_list", 0, "layer_id"), 3, "'layer_list[1].layer_id' is 3, as in a layer before it"),
+        (("layer_list", 0, "layer_id"), None, "'layer_list[0].layer_id' must be a whole number"),
+        (("layer_list", 1, "device_list", 2, "device_id"), 3, "expected each of 0 to 3 once"),
+        (("layer_list", 1, "device_list", 2, "device_id"), 4, "expected each of 0 to 3 once"),
+        (("layer_list", 1, "device_list", 2, "device_expert"), "all", "device_expert' must be a table of numbers"),
+        (("layer_list", 1, "device_count"), 5, "'layer_list[1].device_count' is 5, but 4 are listed"),
+        (("moe_layer_count",), 4, "'moe_layer_count' is 4, but 3 are listed"),
+        (("layer_list", 2, "device_list"), [], "'layer_list[2].device_list' must be a list, and not an empty one"),
+        (("layer_list",), [], "'layer_list' must be a list, and not an empty one"),
+        (("layer_list",), 5, "'layer_list' must be a list, and not an empty one"),
+    ],
+)
+def test_an_ascend_map_that_contradicts_itself_is_refused(
+    tmp_path: Path, where: tuple[Any, ...], value: Any, message: str
+) -> None:
+    _, document = shuffled_ascend(tmp_path)
+    inner: Any = document
+    for step in where[:-1]:
+        inner = inner[step]
+    inner[where[-1]] = value
+    with pytest.raises(ValueError) as caught:
+        read_plan(saved(tmp_path / "p.json", document), 0)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "p.json"))
+
+
 def test_a_plan_that_an_engine_cannot_take_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     uneven = Packed()(drawn_loads(0, layers=1), Topology(slots_R=(9, 8, 8, 8), ranks_per_node=4))
     with pytest.raises(ValueError, match="need as many experts on every rank; this plan has 8 to 9"):
@@ -72,6 +117,18 @@ def test_a_plan_that_an_engine_cannot_take_is_refused_and_nothing_is_written(tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_and_its_sidecar_are_written_both_or_neither_and_the_error_names_the_users_path(tmp_path: Path) -> None:
+    plan = Packed()(drawn_loads(0, layers=1), COPIES)
+    (tmp_path / "z.json.sidecar.json").mkdir()
+    with pytest.raises(OSError) as caught:
+        write_plan(plan, tmp_path / "z.json", "plan")
+    assert caught.value.filename == str(tmp_path / "z.json.sidecar.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["z.json.sidecar.json"]
+    with pytest.raises(FileNotFoundError) as missing:
+        write_plan(plan, tmp_path / "no" / "p.json", "plan")
+    assert missing.value.filename == str(tmp_path / "no" / "p.json")
+
+
 def test_the_eplb_triple_tells_one_story(tmp_path: Path) -> None:
     write_plan(Packed()(drawn_loads(0, layers=2), COPIES), tmp_path / "p.npz", "eplb")
     tables = np.load(tmp_path / "p.npz")
@@ -79,161 +136,3 @@ def test_the_eplb_triple_tells_one_story(tmp_path: Path) -> None:
         slots = tables["log2phy"][layer, expert]
         assert (tables["phy2log"][layer, slots[slots >= 0]] == expert).all()
         assert (slots >= 0).sum() == tables["logcnt"][layer, expert]
-
-
-def saved(path: Path, value: Any) -> Path:
-    if path.suffix == ".npz":
-        np.savez(path, **value)
-    elif path.suffix == ".npy":
-        np.save(path, value)
-    elif path.suffix == ".pt":
-        torch.save(value, path)
-    else:
-        path.write_text(value if isinstance(value, str) else json.dumps(value))
-    return path
-
-
-COUNT = np.array([[[0, 0, 0], [4, 1, 7]], [[0, 0, 0], [2, 2, 0]], [[0, 0, 0], [0, 0, 0]]])
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".json", ".npz"])
-def test_sglang_counts_leave_out_dense_layers_and_idle_steps(tmp_path: Path, suffix: str) -> None:
-    value: Any = {".pt": torch.tensor(COUNT), ".json": COUNT.tolist(), ".npz": COUNT}[suffix]
-    trace = read_trace(saved(tmp_path / f"t{suffix}", {"logical_count": value}))
-    np.testing.assert_array_equal(trace.load_WLE, [[[4, 1, 7]], [[2, 2, 0]]])
-    assert (trace.layer_L, trace.layers_in_model) == ((1,), 2)
-
-
-def test_sglang_passes_are_added_up_over_ranks_and_mapped_to_experts(tmp_path: Path) -> None:
-    records = [
-        {"forward_pass_id": p, "rank": r, "global_physical_count": torch.tensor([[1 + r, 2, 3, 4]])}
-        for p in (7, 8)
-        for r in (0, 1)
-    ]
-    value = {"records": records, "last_physical_to_logical_map": torch.tensor([[0, 1, 2, 0]])}
-    trace = read_trace(saved(tmp_path / "t.pt", value))
-    np.testing.assert_array_equal(trace.load_WLE, [[[11, 4, 6]]] * 2)
-
-
-def test_sglang_tokens_are_followed_and_padding_is_none(tmp_path: Path) -> None:
-    slots = torch.tensor([[[0, 3], [1, 2], [-1, -1]], [[2, 1], [0, 1], [-1, -1]]])
-    value = {
-        "records": [{"forward_pass_id": 3, "rank": 0, "topk_ids_of_layer": slots}],
-        "last_physical_to_logical_map": torch.tensor([[0, 1, 2, 1], [2, 1, 0, 1]]),
-    }
-    trace = read_trace(saved(tmp_path / "t.pt", value))
-    assert trace.expert_TLK is not None
-    assert trace.expert_TLK.tolist() == [[[0, 1], [0, 1]], [[1, 2], [2, 1]]]
-
-
-def test_a_vllm_window_is_mapped_to_experts(tmp_path: Path) -> None:
-    window, expert = np.array([[[1, 2, 3]], [[0, 0, 0]]]), np.array([[1, 0, 1]])
-    value = {"expert_load_window": window, "physical_to_logical_map": expert}
-    trace = read_trace(saved(tmp_path / "t.npz", value))
-    np.testing.assert_array_equal(trace.load_WLE, [[[2, 4]]])
-
-
-def test_a_tensorrt_llm_folder_is_added_up_over_ranks(tmp_path: Path) -> None:
-    (tmp_path / "meta_info.json").write_text('{"num_experts": 3, "num_experts_per_token": 1}')
-    for rank in (0, 1):
-        tensors = {"10_4": np.array([1, 2, 3]), "11_4": np.array([0, rank, 0]), "10_4_raw": np.array([[9, 9]])}
-        save_file(tensors, tmp_path / f"rank{rank}.safetensors")
-    trace = read_trace(tmp_path)
-    np.testing.assert_array_equal(trace.load_WLE, [[[2, 4, 6]], [[0, 1, 0]]])
-    assert trace.layer_L == (4,)
-
-
-def test_a_megatron_router_trace_is_followed_across_layers_and_ranks(tmp_path: Path) -> None:
-    lines = [
-        {"step": 5, "block": 0, "layer": layer, "rank": rank, "top_indices": [[(layer + rank) % 3], [2]]}
-        for layer in (1, 2)
-        for rank in (0, 1)
-    ]
-    lines.append({"step": 5, "block": 0, "layer": 1, "rank": 0, "mtp_idx": 0, "top_indices": [[0], [0]]})
-    path = saved(tmp_path / "t.jsonl", "\n".join(json.dumps(line) for line in lines[:4]))
-    trace = read_trace(path)
-    assert trace.expert_TLK is not None
-    assert trace.expert_TLK[:, :, 0].tolist() == [[1, 2], [2, 2], [2, 0], [2, 2]]
-    assert trace.layer_L == (1, 2)
-    predicted = read_trace(saved(tmp_path / "m.jsonl", "\n".join(json.dumps(line) for line in lines)))
-    assert predicted.layer_L == (1, 2, 3)
-    assert predicted.expert_TLK is None
-    np.testing.assert_array_equal(predicted.load_LE, [[0, 1, 3], [1, 0, 3], [2, 0, 0]])
-
-
-def test_tall_tables_of_choices_and_wide_tables_of_weights_are_told_apart(tmp_path: Path) -> None:
-    choice = np.array([[0, 1], [1, 1], [0, 2]])
-    assert read_trace(saved(tmp_path / "exflow.npy", choice)).load_LE.tolist() == [[2, 1, 0], [0, 2, 1]]
-    weight = np.array([[4.0, 0, 1], [1, 1, 1]])
-    for path, value in (("w.npy", weight), ("w.pt", torch.tensor(weight)), ("w.json", weight.tolist())):
-        np.testing.assert_array_equal(read_trace(saved(tmp_path / path, value)).load_LE, weight)
-
-
-def test_generic_tables_are_read(tmp_path: Path) -> None:
-    wide = read_trace(saved(tmp_path / "wide.csv", "e0,e1\n1,2\n3,4\n"))
-    np.testing.assert_array_equal(wide.load_LE, [[1, 2], [3, 4]])
-    long = read_trace(saved(tmp_path / "long.csv", "window,layer,expert,load\n0,0,1,5\n1,0,0,2\n"))
-    np.testing.assert_array_equal(long.load_WLE, [[[0, 5]], [[2, 0]]])
-    ids = choices(0, tokens=5, layers=2, experts=3, top_k=2).expert_TLK
-    named = {"law_ids": ids, "code_ids": ids, "law_seqlen": np.array([5]), "num_experts": 9}
-    tasks = read_trace(saved(tmp_path / "t.npz", named))
-    assert tasks.name_W == ("code", "law")
-    assert tasks.num_experts == 9
-    native = choices(1, tokens=5, layers=2, experts=3, top_k=2)
-    native.save(tmp_path / "ours.npz")
-    assert read_trace(tmp_path / "ours.npz").fingerprint == native.fingerprint
-
-
-@pytest.mark.parametrize(
-    "name, value, message",
-    [
-        ("t.json", '{"logical_count": [[1, 2], [3]]}', "'logical_count' is ragged"),
-        ("t.json", '{"logical_count": [[1, -2]]}', "'logical_count' holds the negative number -2"),
-        ("t.json", '{"logical_count": [[1, NaN]]}', "'logical_count' holds nan; expected finite numbers"),
-        ("t.json", '{"logical_count": [[0, 0]]}', "'logical_count' is zero everywhere"),
-        ("t.json", '{"logical_count": "many"}', "'logical_count' must be a table of numbers"),
-        ("t.json", '{"logical_count": [[1, 2]', "not JSON"),
-        ("t.json", '{"foreign": 1}', "expected one of load_WLE"),
-        ("t.json", "", "the file is empty"),
-        ("t.json", "[[0, 0], [1, 1]]", "zero for every expert of layer 0"),
-        ("t.csv", "1,2\n3,x\n", "line 2: 'x' is not a number"),
-        ("t.csv", "1,2\n3\n", "'rows' is ragged"),
-        ("t.csv", "1,2\n3,nan\n", "'rows' holds nan"),
-        ("t.jsonl", '{"step": 1}\n', "line 1: field 'layer' is missing"),
-        ("t.jsonl", "{torn", "line 1: not JSON"),
-        ("t.npy", "\x93NUMPY torn", "not an .npy file"),
-        ("t.npz", "PK torn", "not an .npz file"),
-        ("t.pt", "PK torn", "not a torch file"),
-    ],
-)
-def test_a_damaged_recording_is_one_line_that_names_file_and_field(
-    tmp_path: Path, name: str, value: str, message: str
-) -> None:
-    path = tmp_path / name
-    path.write_text(value, encoding="latin-1")
-    with pytest.raises(ValueError) as caught:
-        read_trace(path)
-    text = str(caught.value)
-    assert message in text
-    assert text.startswith(str(path))
-    assert "\n" not in text
-
-
-def test_a_damaged_folder_names_the_file_in_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"meta_info\.json is missing"):
-        read_trace(tmp_path)
-    (tmp_path / "meta_info.json").write_text('{"num_experts": 3}')
-    (tmp_path / "rank0.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(ValueError, match=r"rank0\.safetensors: not a safetensors file"):
-        read_trace(tmp_path)
-
-
-def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
-    class Trap:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (Path.touch, (tmp_path / "sprung",))
-
-    (tmp_path / "t.pt").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(ValueError, match="not a torch file"):
-        read_trace(tmp_path / "t.pt")
-    assert not (tmp_path / "sprung").exists()

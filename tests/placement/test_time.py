@@ -30,6 +30,17 @@ def test_a_curve_passes_through_its_points_and_goes_on_at_its_last_slope() -> No
 
 
 @pytest.mark.fast
+def test_a_curve_of_other_matrices_is_refused_and_one_made_by_hand_is_anyones() -> None:
+    trace = drawn_loads(0, layers=1)
+    plan = Packed()(trace, TOPOLOGY)
+    for curve in (GemmCurve.modelled(SHAPE), calibrate(SHAPE, [1, 2], repeats=1)):
+        simulate(plan, trace, TOPOLOGY, GemmCurve.read(vars(curve)), SHAPE)
+        with pytest.raises(ValueError, match="the curve is of experts of 64 x 32, not 64 x 33"):
+            simulate(plan, trace, TOPOLOGY, curve, ExpertShape(dim=64, hidden=33))
+    simulate(plan, trace, TOPOLOGY, LINEAR, ExpertShape(dim=1, hidden=1))
+
+
+@pytest.mark.fast
 def test_matrices_take_as_long_as_the_busiest_rank() -> None:
     trace = drawn_loads(0, layers=3)
     plan = Packed()(trace, TOPOLOGY)
