@@ -43,28 +43,33 @@ class Robust:
             )
 
     def __call__(self, trace: LoadTrace, topology: Topology) -> Plan:
-        load_LKE = scenarios(trace, self.most_scenarios, self.seed).transpose(1, 0, 2) * sum(topology.speed_R)
+        load_LKE = self.loads(trace, topology)
         table = self.pack(load_LKE, topology)
         bound_LK = np.stack([peak_bound_L(load_LKE[:, k], topology) for k in range(load_LKE.shape[1])], axis=1)
         made: Provenance = {
             "planner": "robust",
             "scenarios": load_LKE.shape[1],
             "tail": self.tail,
-            "scenario_peak_over_mean": float(risk(_peaks(table, load_LKE, topology), self.tail).mean()),
+            "scenario_peak_over_mean": float(risk(scenario_peaks(table, load_LKE, topology), self.tail).mean()),
             "scenario_bound": float(risk(bound_LK, self.tail).mean()),
             "seed": self.seed,
         }
         return certified(placements(table), trace, topology, made)
 
+    def loads(self, trace: LoadTrace, topology: Topology) -> FloatArray:
+        """load_LKE in each scenario, scaled so that a perfect spread takes time 1 on every rank."""
+        load_LKE: FloatArray = scenarios(trace, self.most_scenarios, self.seed).transpose(1, 0, 2)
+        return load_LKE * sum(topology.speed_R)
+
     def pack(self, load_LKE: FloatArray, topology: Topology) -> IntArray:
-        """load_LKE: scaled so that a perfect spread takes time 1 on every rank, in every scenario."""
+        """The working table of loads scaled as by `loads`."""
         envelope_LE = risk(load_LKE.transpose(0, 2, 1), self.tail)
         copies_LE = apportion(envelope_LE, topology)
         table = pack(copies_LE, load_LKE, topology, self.tail)
         return _Swaps(table, load_LKE, topology, self.tail).run(self.most_swaps)
 
 
-def _peaks(table: IntArray, load_LKE: FloatArray, topology: Topology) -> FloatArray:
+def scenario_peaks(table: IntArray, load_LKE: FloatArray, topology: Topology) -> FloatArray:
     """peak_LK: the time of the busiest rank in each scenario."""
     held = held_LRE(table, load_LKE.shape[2])[:, :, :-1]
     share_LRE = held / held.sum(axis=1, keepdims=True)
