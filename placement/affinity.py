@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from placement import cap
 from placement.arrays import FloatArray, IntArray
 from placement.bounds import ROUNDING
 from placement.capped import Capped
@@ -59,6 +60,8 @@ class Affinity:
 
     def __call__(self, trace: LoadTrace, topology: Topology) -> Plan:
         problem = self.problem(trace, topology)
+        load_LKE = problem.load_LKE[:, :, : trace.num_experts]
+        cap.require_possible(load_LKE, topology, self.balance_cap, trace.layer_L)
         rank_LE = self._exact(problem, topology, trace.num_experts)
         exact = rank_LE is not None
         if rank_LE is None:
@@ -67,6 +70,7 @@ class Affinity:
         made: Provenance = {
             "planner": "affinity",
             "balance_cap": self.balance_cap if math.isfinite(self.balance_cap) else "none",
+            "cap": cap.kept(working_table(placement_L, topology), load_LKE, topology, self.balance_cap, trace.layer_L),
             "fan_out": self.fan_out,
             "hops": "optimal" if exact else "searched",
             "seed": self.seed,

@@ -126,6 +126,8 @@ def _show_plan(facts: dict[str, Any], out: Path) -> None:
         f"peak/mean {facts['peak_over_mean']:.4f} over {len(facts['layers'])} layers (max {facts['worst_layer']:.4f}), "
         f"{facts['moves']} moves, {facts['seconds']:.2f} s; written to {out}"
     )
+    if facts["provenance"].get("cap", "none") not in {"none", "kept"}:
+        say(f"balance cap {facts['provenance']['cap']}")
 
 
 @app.command()
