@@ -151,7 +151,7 @@ def _best_step(
     mine_SN = (fresh_RE[:, at[hot]].T - fresh_RE[hot, at[hot]][:, None]).repeat(slots, axis=1)
     theirs_N = fresh_RE[hot, at].ravel() - np.take_along_axis(fresh_RE, at, axis=1).ravel()
     rate, chosen = _best_rate(peak - tables.values(np.array([0]), np.array([hot]))[0], mine_SN + theirs_N, left, peak)
-    offers = hand_overs(expert_RS, load_E, topology)
+    offers = hand_overs(expert_RS, load_E[None], topology)
     fetch_XN = fresh_RE[offers.rank_N][:, offers.taker_X].T - fresh_RE[offers.rank_N, at[offers.rank_N, offers.slot_N]]
     hand_rate, handed = _best_rate(peak - offers.peak_XN.ravel(), fetch_XN, left, peak)
     if max(rate, hand_rate) <= 0:
