@@ -12,6 +12,8 @@ from placement.packing import free_slots
 from placement.plan import EMPTY
 from placement.topology import Topology
 
+EMPTY_WORTH = 5e-3
+
 
 def fewer(topology: Topology, num_experts: int) -> Iterator[Topology]:
     """The same machine with its roomiest ranks cut to one slot less, again and again, while the experts fit."""
@@ -31,11 +33,18 @@ def widened(expert_LRS: IntArray, topology: Topology) -> IntArray:
 
 
 def keep_better(
-    table: IntArray, other_LRS: IntArray, layer_A: IntArray, value: Callable[[IntArray, IntArray], FloatArray]
+    table: IntArray,
+    other_LRS: IntArray,
+    layer_A: IntArray,
+    value: Callable[[IntArray, IntArray], FloatArray],
+    margin: float = 0.0,
 ) -> None:
-    """In place: of the layers listed, those that the other table (of these alone) serves better."""
+    """In place: of the layers listed, those that the other table (of these alone) serves better, by a share at least.
+
+    Engines want full tables: where ranks are alike, EMPTY_WORTH is what an empty slot must be worth.
+    """
     old_A, new_A = value(table[layer_A], layer_A), value(other_LRS, layer_A)
-    better = new_A < old_A
+    better = new_A < old_A * (1 - margin)
     table[layer_A[better]] = other_LRS[better]
 
 

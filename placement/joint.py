@@ -96,7 +96,10 @@ def hand_overs(expert_RS: IntArray, load_KE: FloatArray, topology: Topology, tai
         after_KNR[:, row_N, rank_N] += thinner_K[:, None]
         peak_N[:] = risk((after_KNR / speed_R).max(axis=2).T, tail)
         peak_N[(giver_N == taker) | (held_RE[rank_N, taker] > 0)] = np.inf
-    peak_XN[-1] = np.where(giver_N == EMPTY, np.inf, risk((base_KNR / speed_R).max(axis=2).T, tail))
+    # Engines want full tables: where ranks are alike a spare copy is no burden worth an empty slot.
+    peak_XN[-1] = np.where(
+        (giver_N == EMPTY) | topology.uniform, np.inf, risk((base_KNR / speed_R).max(axis=2).T, tail)
+    )
     return HandOvers(
         rank_N=rank_N, slot_N=slot_N, taker_X=taker_X, peak_XN=peak_XN, peak=float(risk(peak_K[None], tail)[0])
     )

@@ -10,7 +10,7 @@ from placement.arrays import FloatArray, IntArray
 from placement.bounds import peak_bound_L
 from placement.certify import certified
 from placement.copies import apportion
-from placement.fewer import dealt, fewer, keep_better, widened
+from placement.fewer import EMPTY_WORTH, dealt, fewer, keep_better, widened
 from placement.joint import hand_over
 from placement.packing import ABSENT, held_LRE, pack, placements
 from placement.plan import Plan, Provenance
@@ -66,7 +66,7 @@ class Robust:
         return load_LKE * sum(topology.speed_R)
 
     def pack(self, load_LKE: FloatArray, topology: Topology) -> IntArray:
-        """The working table of loads scaled as by `loads`: never worse than RoundRobin's, nor than with fewer slots."""
+        """Of loads scaled as by `loads`: never worse than RoundRobin's, nor, but for a hair, than with fewer slots."""
 
         def cost(part_LRS: IntArray, layer_A: IntArray) -> FloatArray:
             return risk(scenario_peaks(part_LRS, load_LKE[layer_A], topology), self.tail)
@@ -78,7 +78,13 @@ class Robust:
             far = np.flatnonzero(cost(table, every) > enough_L)
             if not far.size:
                 break
-            keep_better(table, widened(self._packed(load_LKE[far], smaller), topology), far, cost)
+            keep_better(
+                table,
+                widened(self._packed(load_LKE[far], smaller), topology),
+                far,
+                cost,
+                EMPTY_WORTH * topology.uniform,
+            )
         return table
 
     def _enough_L(self, load_LKE: FloatArray, topology: Topology) -> FloatArray:

