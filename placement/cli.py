@@ -87,7 +87,7 @@ def verify(
                 say(f"layer {verdict.layer}: {fault}")
         unproved = sum(verdict.unproved for verdict in verdicts)
         say(
-            f"{len(verdicts)} layers, {faults} faults; {unproved} bounds rest on a solver: checked, not proved again; "
+            f"{len(verdicts)} layers, {faults} faults; {unproved} bounds rest on a solver or search: not proved again; "
             f"the trace is {'the one' if same else 'not the one'} that the plan was made from"
         )
     raise typer.Exit(1 if faults else 0)

@@ -135,12 +135,21 @@ def _planned(plan: Plan, before: Plan | None, seconds: float) -> dict[str, Any]:
 def _show_plan(facts: dict[str, Any], out: Path) -> None:
     worst = sorted(facts["layers"], key=lambda layer: -layer["peak_over_mean"])[:8]
     rows = [[row["layer"], row["peak_over_mean"], row["bound"], row["status"], row["moves"]] for row in worst]
-    show(
-        f"{facts['planner']}: the {len(rows)} busiest layers", ("layer", "peak/mean", "bound", "status", "moves"), rows
-    )
+    columns: tuple[str, ...] = ("layer", "peak/mean", "bound", "status", "moves")
+    made = facts["provenance"]
+    if "local" in made:
+        columns = (*columns, "local", "at most")
+        hops = [["" if row[name] is None else row[name] for name in ("local", "local_bound")] for row in worst]
+        rows = [row + hop for row, hop in zip(rows, hops, strict=True)]
+    show(f"{facts['planner']}: the {len(rows)} busiest layers", columns, rows)
     say(
         f"peak/mean {facts['peak_over_mean']:.4f} over {len(facts['layers'])} layers (max {facts['worst_layer']:.4f}), "
         f"{facts['moves']} moves, {facts['seconds']:.2f} s; written to {out}"
     )
-    if facts["provenance"].get("cap", "none") not in {"none", "kept"}:
-        say(f"balance cap {facts['provenance']['cap']}")
+    if "local" in made:
+        found = f"; {made['hops']}" if "hops" in made else ""
+        say(f"hops that stay on a rank: {made['local']:.4f}, at most {made['local_bound']:.4f} could{found}")
+    if not facts["moves"] and made["planner"] == "rebalance":
+        say("nothing moves: no change within --max-moves would lower a layer's peak by enough to be worth it")
+    if made.get("cap", "none") not in {"none", "kept"}:
+        say(f"balance cap {made['cap']}")

@@ -107,6 +107,36 @@ def test_a_plan_that_was_tampered_with_fails_verification_with_exit_1(tmp_path: 
     assert "layer 1: claims that at most 0.001000 can stay local" in said
 
 
+def test_each_claim_about_hops_is_checked_on_its_own(tmp_path: Path, trace: Path) -> None:
+    run("plan", trace, *MACHINE, "--planner", "affinity", "-o", tmp_path / "p")
+    document = json.loads((tmp_path / "p").read_text())
+    document["layers"][0]["certificate"]["local"] = 0.99
+    del document["layers"][0]["certificate"]["local_bound"]
+    document["provenance"] |= {"local": 0.98, "local_bound": 0.001}
+    (tmp_path / "p").write_text(json.dumps(document))
+    said = run("verify", tmp_path / "p", "--trace", trace, code=1)
+    assert "claims that a share of 0.990000 stays local" in said
+    assert "provenance claims that a share of 0.98 stays local" in said
+    assert "provenance claims that at most 0.001 can stay local" in said
+
+
+def test_claims_about_hops_that_the_trace_does_not_know_are_unproved(tmp_path: Path, trace: Path) -> None:
+    run("plan", trace, *MACHINE, "--planner", "affinity", "-o", tmp_path / "p")
+    LoadTrace(load_WLE=LoadTrace.load(trace).load_WLE).save(tmp_path / "loads.npz")
+    verdicts = facts("verify", tmp_path / "p", "--trace", tmp_path / "loads.npz")["layers"]
+    assert [verdict["unproved"] for verdict in verdicts] == [True, True, False]
+
+
+def test_people_are_told_of_hops_and_why_nothing_moves(tmp_path: Path, trace: Path) -> None:
+    said = run("plan", trace, *MACHINE, "--planner", "affinity", "-o", tmp_path / "p")
+    assert "at most" in said
+    assert re.search(r"hops that stay on a rank: 0\.\d+, at most 0\.\d+ could; searched", said)
+    run("plan", trace, *MACHINE, "--planner", "packed", "-o", tmp_path / "q")
+    assert "nothing moves" in run(
+        "plan", trace, *MACHINE, "--from", tmp_path / "q", "--max-moves", 3, "-o", tmp_path / "r"
+    )
+
+
 def test_an_affinity_plan_keeps_its_cap_in_every_scenario_on_request(tmp_path: Path) -> None:
     choices(2, tokens=2000, layers=4, experts=24, top_k=2).windowed(1000).save(tmp_path / "t.npz")
     machine = ("--nodes", 1, "--ranks-per-node", 4, "--slots", 6, "--balance-cap", 1.08, "--node-worth", 0)
