@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from placement import cap
 from placement.arrays import FloatArray, IntArray
 from placement.bounds import ROUNDING
 from placement.capped import Capped
@@ -51,6 +52,8 @@ class Affinity:
     def __post_init__(self) -> None:
         if not self.balance_cap >= 1:
             raise ValueError(f"balance_cap is a peak/mean and must be at least 1; got {self.balance_cap}")
+        if self.most_scenarios < 1:
+            raise ValueError(f"most_scenarios must be at least 1; got {self.most_scenarios}")
         if not (0 <= self.node_worth <= 1 and self.fan_out >= 0 and self.restarts >= 1 and self.rounds >= 0):
             raise ValueError(
                 f"node_worth must be within 0..1, fan_out >= 0, restarts >= 1, rounds >= 0; got {self.node_worth}, "
@@ -59,6 +62,8 @@ class Affinity:
 
     def __call__(self, trace: LoadTrace, topology: Topology) -> Plan:
         problem = self.problem(trace, topology)
+        load_LKE = problem.load_LKE[:, :, : trace.num_experts]
+        cap.require_possible(load_LKE, topology, self.balance_cap, trace.layer_L)
         rank_LE = self._exact(problem, topology, trace.num_experts)
         exact = rank_LE is not None
         if rank_LE is None:
@@ -67,6 +72,9 @@ class Affinity:
         made: Provenance = {
             "planner": "affinity",
             "balance_cap": self.balance_cap if math.isfinite(self.balance_cap) else "none",
+            "cap": cap.kept(working_table(placement_L, topology), load_LKE, topology, self.balance_cap, trace.layer_L),
+            "most_scenarios": self.most_scenarios,
+            "node_worth": self.node_worth,
             "fan_out": self.fan_out,
             "hops": "optimal" if exact else "searched",
             "seed": self.seed,

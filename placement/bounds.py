@@ -59,7 +59,7 @@ def peak_bound_L(load_LE: FloatArray, topology: Topology) -> FloatArray:
     """No placement of a layer has a peak/mean below this, where copies share their expert's load evenly.
 
     The largest of: the mean; the busiest copy under the best counts of copies; and, where there is a slot for each
-    expert and no more, what the pigeonholes force on the rank that holds the heaviest ones.
+    expert and no more, what full ranks must carry, and the pigeonholes force on the rank that holds the heaviest ones.
     """
     require_room(load_LE.shape[1], topology)
     mean_L = load_LE.sum(axis=1) / sum(topology.speed_R)
@@ -77,13 +77,14 @@ def peak_bound_L(load_LE: FloatArray, topology: Topology) -> FloatArray:
 def _pigeonhole_L(load_LE: FloatArray, topology: Topology) -> FloatArray:
     """Every slot is taken by its own expert: a rank with the heaviest fills its other slots, at best with the lightest.
 
-    Among the (j R + 1) heaviest some rank has j + 1, so at least the lightest j + 1 of those, and its other slots.
+    Each rank is full, so each has at least as many of the lightest as it has slots. And among the (j R + 1) heaviest
+    some rank has j + 1, so at least the lightest j + 1 of those, and its other slots.
     """
     rising_LE = np.sort(load_LE, axis=1)
     sum_LE = np.pad(np.cumsum(rising_LE, axis=1), ((0, 0), (1, 0)))
     experts = load_LE.shape[1]
     used = [(slots, speed) for slots, speed in zip(topology.slots_R, topology.speed_R, strict=True) if slots]
-    bound_L = np.zeros(len(load_LE))
+    bound_L: FloatArray = np.max([sum_LE[:, slots] / speed for slots, speed in used], axis=0)
     for together in range(1, min(slots for slots, _ in used) + 1):
         heaviest = (together - 1) * len(used) + 1
         first = experts - heaviest

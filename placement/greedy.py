@@ -11,6 +11,7 @@ from placement.arrays import FloatArray, IntArray
 from placement.bounds import peak_bound_L
 from placement.certify import certified
 from placement.copies import apportion, require_room
+from placement.fewer import EMPTY_WORTH, dealt, fewer, keep_better, widened
 from placement.joint import refine_copies, search
 from placement.packing import pack, placements
 from placement.plan import EMPTY, Placement, Plan
@@ -67,7 +68,25 @@ class Packed:
         return certified(placements(table), trace, topology, {"planner": "packed", "seed": self.seed})
 
     def pack(self, load_LE: FloatArray, topology: Topology) -> IntArray:
-        """expert_LRS, a working table."""
+        """expert_LRS, a working table: never worse than RoundRobin's, nor, but for a hair, than with fewer slots."""
+
+        def time(part_LRS: IntArray, layer_A: IntArray) -> FloatArray:
+            peak: FloatArray = rank_time(part_LRS, load_LE[layer_A], topology).max(axis=1)
+            return peak
+
+        table, every = self._packed(load_LE, topology), np.arange(len(load_LE))
+        keep_better(table, dealt(len(load_LE), load_LE.shape[1], topology), every, time)
+        enough_L = peak_bound_L(load_LE, topology) * load_LE.sum(axis=1) / sum(topology.speed_R) * (1 + 5 * self.within)
+        for smaller in fewer(topology, load_LE.shape[1]):
+            far = np.flatnonzero(time(table, every) > enough_L)
+            if not far.size:
+                break
+            keep_better(
+                table, widened(self._packed(load_LE[far], smaller), topology), far, time, EMPTY_WORTH * topology.uniform
+            )
+        return table
+
+    def _packed(self, load_LE: FloatArray, topology: Topology) -> IntArray:
         table = pack(apportion(load_LE, topology), load_LE[:, None], topology)
         mean_L = load_LE.sum(axis=1) / sum(topology.speed_R)
         bound_L = peak_bound_L(load_LE, topology) * mean_L

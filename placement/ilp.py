@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from placement import programmes
+from placement import cap, programmes
 from placement.affinity import Affinity, with_hops
 from placement.arrays import BoolArray, FloatArray, IntArray
 from placement.bounds import ROUNDING, Certificate, peak_bound_L
@@ -87,6 +87,7 @@ class Ilp:
         affinity = Affinity(balance_cap=self.balance_cap, seed=self.seed)
         start = affinity(trace, topology)
         made: Provenance = {"planner": "ilp", "programme": "hops", "balance_cap": self.balance_cap, "seed": self.seed}
+        made = {**made, "cap": start.provenance["cap"]}
         if trace.layers < 2 or any((placement.copies_E > 1).any() for placement in start.placement_L):
             return with_hops(certified(start.placement_L, trace, topology, made), trace, topology)
         problem = affinity.problem(trace, topology)
@@ -99,8 +100,10 @@ class Ilp:
                 blocks, proved = blocks + 1, proved + solved
             if (before == rank_LE).all():
                 break
-        placement_L = placements(table_of(rank_LE[:, : trace.num_experts], topology))
-        made = {**made, "blocks": blocks, "blocks_optimal": proved}
+        table = table_of(rank_LE[:, : trace.num_experts], topology)
+        placement_L = placements(table)
+        kept = cap.kept(table, problem.load_LKE[:, :, : trace.num_experts], topology, self.balance_cap, trace.layer_L)
+        made = {**made, "cap": kept, "blocks": blocks, "blocks_optimal": proved}
         return with_hops(certified(placement_L, trace, topology, made), trace, topology)
 
     def _block(self, problem: Capped, rank_LE: IntArray, layer: int, topology: Topology) -> tuple[bool, IntArray]:
@@ -143,17 +146,20 @@ class IlpWhole:
         started_LE = np.stack([placement.home_E for placement in start.placement_L])
         kept = not problem.excess_BL(started_LE[None]).any()
         if not kept and not solved.found:
-            raise ValueError(f"found no plan within a balance cap of {self.balance_cap} in time; allow more of both")
+            made: Provenance = {"planner": "ilp", "programme": "whole", "solver": solved.solver, "seed": self.seed}
+            made = {**made, "cap": start.provenance["cap"], "hops": "no plan within the cap found in time"}
+            return with_hops(certified(start.placement_L, trace, topology, made), trace, topology)
         apart = (1 - float(start.provenance["local"])) * float(pair_LEE.sum()) if kept else math.inf
         better = solved.found and solved.value < apart * (1 - ROUNDING)
         placement_L = placements(table_of(rank_LE, topology)) if better else start.placement_L
         crossing = min(solved.value, apart)
         gap = crossing / solved.bound - 1 if solved.bound > 0 else math.inf
         proved = crossing - solved.bound <= 1e-6 * max(crossing, 1e-9)
-        made: Provenance = {
+        made = {
             "planner": "ilp",
             "programme": "whole",
             "solver": solved.solver,
+            "cap": "none" if self.balance_cap == math.inf else "kept",
             "hops": "optimal" if proved else f"feasible, gap {100 * gap:.3g} %",
             "hops_bound": 1 - max(solved.bound, 0.0) / float(pair_LEE.sum()),
             "seed": self.seed,

@@ -1,4 +1,7 @@
-"""Counts and places decided together: hand a copy from one expert to another, and search over counts by beam."""
+"""Counts and places decided together: hand a copy from one expert to another or to nobody; search over counts by beam.
+
+A slot may be better left empty: on a slow rank, or on one with more slots than others, a copy may be a burden.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from placement.copies import apportion, copies_fit
 from placement.packing import ABSENT, pack
 from placement.plan import EMPTY
 from placement.refine import LEAST, rank_time, refine_swaps
+from placement.risk import risk
 from placement.topology import Topology
 
 
@@ -34,10 +38,14 @@ def refine_copies(
 
 
 def _hand_over(expert_RS: IntArray, load_E: FloatArray, topology: Topology) -> bool:
-    """The best single hand-over of a slot to an expert of the busiest rank, in place; False where none helps."""
-    offers = hand_overs(expert_RS, load_E, topology)
-    time_R = rank_time(expert_RS[None], load_E[None], topology)[0]
-    if not offers.peak_XN.size or offers.peak_XN.min() >= time_R.max() * (1 - LEAST):
+    """The best single hand-over of a slot, in place; False where none helps."""
+    return hand_over(expert_RS, load_E[None], topology, 0.0, LEAST)
+
+
+def hand_over(expert_RS: IntArray, load_KE: FloatArray, topology: Topology, tail: float, least: float) -> bool:
+    """The best single hand-over of a slot, in place; False where none lowers the risk by the share `least`."""
+    offers = hand_overs(expert_RS, load_KE, topology, tail)
+    if not offers.peak_XN.size or offers.peak_XN.min() >= offers.peak * (1 - least):
         return False
     taker, given = divmod(int(offers.peak_XN.argmin()), offers.peak_XN.shape[1])
     expert_RS[offers.rank_N[given], offers.slot_N[given]] = offers.taker_X[taker]
@@ -46,46 +54,55 @@ def _hand_over(expert_RS: IntArray, load_E: FloatArray, topology: Topology) -> b
 
 @dataclass(frozen=True, kw_only=True)
 class HandOvers:
-    """Slots that hold a spare copy, or nothing, and the layer's peak once expert x of the busiest rank takes slot n.
+    """Slots that hold a spare copy, or nothing, and the layer's peak once x takes slot n: an expert of the busiest rank
+    of the worst scenario, or nobody (EMPTY), which leaves the slot free.
 
-    The peak is infinite where x is on that rank already.
+    The peak, see `risk`, is infinite where x is on that rank already. peak: as it is now.
     """
 
     rank_N: IntArray
     slot_N: IntArray
     taker_X: IntArray
     peak_XN: FloatArray
+    peak: float
 
 
-def hand_overs(expert_RS: IntArray, load_E: FloatArray, topology: Topology) -> HandOvers:
-    ranks, num_experts = len(expert_RS), len(load_E)
+def hand_overs(expert_RS: IntArray, load_KE: FloatArray, topology: Topology, tail: float = 0.0) -> HandOvers:
+    ranks, num_experts = len(expert_RS), load_KE.shape[1]
     held_RE = np.zeros((ranks, num_experts + 1))
     rank_N, slot_N = np.nonzero(expert_RS >= 0)
     held_RE[rank_N, expert_RS[rank_N, slot_N]] = 1.0
     copies_E = held_RE[:, :num_experts].sum(axis=0)
-    each_E = load_E / copies_E
+    each_KE = load_KE / copies_E
     speed_R = np.array(topology.speed_R)
-    load_R = held_RE[:, :num_experts] @ each_E
+    load_KR = each_KE @ held_RE[:, :num_experts].T
     rank_N, slot_N = np.nonzero(expert_RS != ABSENT)
     giver_N = expert_RS[rank_N, slot_N]
     spare = (giver_N == EMPTY) | (copies_E[giver_N] >= 2)
     rank_N, slot_N, giver_N = rank_N[spare], slot_N[spare], giver_N[spare]
     # What the giver's other ranks take over, and what this rank is rid of; nothing for a free slot.
-    left_E = np.append(np.where(copies_E >= 2, load_E / np.maximum(copies_E - 1, 1), 0.0), 0.0)
-    rise_E = left_E - np.append(each_E, 0.0)
-    base_NR = load_R + held_RE.T[giver_N] * rise_E[giver_N][:, None]
+    left_KE = np.pad(np.where(copies_E >= 2, load_KE / np.maximum(copies_E - 1, 1), 0.0), ((0, 0), (0, 1)))
+    rise_KE = left_KE - np.pad(each_KE, ((0, 0), (0, 1)))
+    base_KNR = load_KR[:, None] + held_RE.T[giver_N] * rise_KE[:, giver_N][:, :, None]
     row_N = np.arange(len(rank_N))
-    base_NR[row_N, rank_N] -= left_E[giver_N]
-    hot_S = expert_RS[int((load_R / speed_R).argmax())]
-    taker_X = np.unique(hot_S[hot_S >= 0])
+    base_KNR[:, row_N, rank_N] -= left_KE[:, giver_N]
+    peak_K = (load_KR / speed_R).max(axis=1)
+    hot_S = expert_RS[int((load_KR[peak_K.argmax()] / speed_R).argmax())]
+    taker_X = np.append(np.unique(hot_S[hot_S >= 0]), EMPTY)
     peak_XN = np.empty((len(taker_X), len(rank_N)))
-    for peak_N, taker in zip(peak_XN, taker_X.tolist(), strict=True):
-        thinner = load_E[taker] / (copies_E[taker] + 1)
-        after_NR = base_NR + held_RE[:, taker] * (thinner - each_E[taker])
-        after_NR[row_N, rank_N] += thinner
-        peak_N[:] = (after_NR / speed_R).max(axis=1)
+    for peak_N, taker in zip(peak_XN[:-1], taker_X[:-1].tolist(), strict=True):
+        thinner_K = load_KE[:, taker] / (copies_E[taker] + 1)
+        after_KNR = base_KNR + (held_RE[:, taker] * (thinner_K - each_KE[:, taker])[:, None])[:, None]
+        after_KNR[:, row_N, rank_N] += thinner_K[:, None]
+        peak_N[:] = risk((after_KNR / speed_R).max(axis=2).T, tail)
         peak_N[(giver_N == taker) | (held_RE[rank_N, taker] > 0)] = np.inf
-    return HandOvers(rank_N=rank_N, slot_N=slot_N, taker_X=taker_X, peak_XN=peak_XN)
+    # Engines want full tables: where ranks are alike a spare copy is no burden worth an empty slot.
+    peak_XN[-1] = np.where(
+        (giver_N == EMPTY) | topology.uniform, np.inf, risk((base_KNR / speed_R).max(axis=2).T, tail)
+    )
+    return HandOvers(
+        rank_N=rank_N, slot_N=slot_N, taker_X=taker_X, peak_XN=peak_XN, peak=float(risk(peak_K[None], tail)[0])
+    )
 
 
 def search(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +81,8 @@ def topology(nodes: int, ranks_per_node: int, slots: str, speed: str, num_expert
 def remembered(machine: Topology, memory_gb: str, expert_mb: float) -> Topology:
     """No more slots on a rank than its memory holds."""
     if not memory_gb:
+        if expert_mb:
+            raise ValueError("--expert-mb needs --memory-gb, the memory of each rank")
         return machine
     if expert_mb <= 0:
         raise ValueError("--memory-gb needs --expert-mb, the size of an expert")
@@ -104,52 +106,92 @@ def numbers(text: str, option: str, count: int = 0) -> list[float]:
     return values
 
 
-def planner(
-    name: str,
-    trace: LoadTrace,
-    *,
-    cap: float,
-    groups: int,
-    strict: bool,
-    price: float,
-    tail: float,
-    fan_out: float,
-    whole: bool,
-    seconds: float,
-    seed: int,
-) -> Planner:
-    """auto: affinity under a cap where hops are known, else robust for several windows, else packed."""
-    if name not in PLANNERS:
-        raise ValueError(f"--planner {name!r} is not one of {', '.join(PLANNERS)}")
-    if name == "auto":
-        several = trace.windows > 1 and not groups
-        name = "affinity" if cap < math.inf and trace.follow_LEE is not None else "robust" if several else "packed"
-    if cap < math.inf and name not in {"affinity", "ilp"}:
-        raise ValueError(f"--balance-cap is for affinity and ilp; {name} makes the peak as low as it can")
-    if groups:
-        if name != "packed":
-            raise ValueError(f"--groups is for packed; got --planner {name}")
-        packed = Packed(seed=seed)
-        if strict:
-            return StrictGroups(groups=groups, packed=packed)
-        return PricedGroups(groups=groups, price=price, packed=packed)
-    if strict:
-        raise ValueError("--strict-groups needs --groups")
-    made: dict[str, Planner] = {
-        "round-robin": RoundRobin(),
-        "packed": Packed(seed=seed),
-        "robust": Robust(tail=tail, seed=seed),
-        "affinity": Affinity(balance_cap=cap, fan_out=fan_out, seed=seed),
-        "ilp": (IlpWhole if whole else Ilp)(seconds=seconds, balance_cap=cap, seed=seed),
-    }
-    return made[name]
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the plan command was told of its planner. given: the options that stood on the command line."""
+
+    planner: str
+    balance_cap: float
+    groups: int
+    strict_groups: bool
+    group_price: float
+    tail: float
+    fan_out: float
+    node_worth: float
+    scenarios: int
+    monolithic: bool
+    time_limit: float
+    seed: int
+    given: frozenset[str]
+
+    def named(self, trace: LoadTrace) -> str:
+        """auto: affinity under a cap where hops are known, else robust for several windows, else packed."""
+        if self.planner not in PLANNERS:
+            raise ValueError(f"--planner {self.planner!r} is not one of {', '.join(PLANNERS)}")
+        if self.planner != "auto":
+            return self.planner
+        if self.balance_cap < math.inf and trace.follow_LEE is not None:
+            return "affinity"
+        return "robust" if trace.windows > 1 and not self.groups else "packed"
+
+    def refuse_ignored(self, name: str) -> None:
+        """An option that this planner would pass over in silence."""
+        if self.balance_cap < math.inf and name not in {"affinity", "ilp"}:
+            raise ValueError(f"--balance-cap is for affinity and ilp; {name} makes the peak as low as it can")
+        for option, planners in FOR.items():
+            if option in self.given and name not in planners:
+                raise ValueError(f"--{option} is for {' and '.join(planners)}; got --planner {name}")
+        for option in ("strict-groups", "group-price"):
+            if option in self.given and not self.groups:
+                raise ValueError(f"--{option} needs --groups")
 
 
-def rebalancer(start: Path, most_moves: int, seed: int) -> tuple[Planner, Plan]:
+# The planners that listen to an option.
+FOR = {
+    "groups": ("packed",),
+    "tail": ("robust",),
+    "scenarios": ("robust", "affinity"),
+    "fan-out": ("affinity",),
+    "node-worth": ("affinity",),
+    "monolithic": ("ilp",),
+}
+ANEW = ("planner", "balance-cap", "strict-groups", "group-price", "time-limit", *FOR)
+
+
+def planner(wanted: Wanted, trace: LoadTrace) -> Planner:
+    name, seed = wanted.named(trace), wanted.seed
+    wanted.refuse_ignored(name)
+    packed = Packed(seed=seed)
+    if wanted.groups and wanted.strict_groups:
+        return StrictGroups(groups=wanted.groups, packed=packed)
+    if wanted.groups:
+        return PricedGroups(groups=wanted.groups, price=wanted.group_price, packed=packed)
+    if name == "robust":
+        return Robust(tail=wanted.tail, most_scenarios=wanted.scenarios or Robust.most_scenarios, seed=seed)
+    if name == "affinity":
+        return Affinity(
+            balance_cap=wanted.balance_cap,
+            most_scenarios=wanted.scenarios or Affinity.most_scenarios,
+            node_worth=wanted.node_worth,
+            fan_out=wanted.fan_out,
+            seed=seed,
+        )
+    if name == "ilp":
+        programme = IlpWhole if wanted.monolithic else Ilp
+        return programme(seconds=wanted.time_limit, balance_cap=wanted.balance_cap, seed=seed)
+    return RoundRobin() if name == "round-robin" else packed
+
+
+def rebalancer(start: Path, most_moves: int, wanted: Wanted) -> tuple[Planner, Plan]:
+    for option in ANEW:
+        if option in wanted.given:
+            raise ValueError(
+                f"--{option} plans anew; leave it out with --from, which improves the plan that is running"
+            )
     if most_moves < 0:
         raise ValueError("--from needs --max-moves, the experts that a layer may fetch")
     plan = Plan.load(start)
-    return Rebalance(start=plan, most_moves=most_moves, seed=seed), plan
+    return Rebalance(start=plan, most_moves=most_moves, seed=wanted.seed), plan
 
 
 def machine_of(plan: Plan) -> Topology:

@@ -15,6 +15,8 @@ from placement.metrics import peak_over_mean_L, require_same_shape
 from placement.packing import placements, working_table
 from placement.plan import Placement, Plan, Provenance
 from placement.refine import Tables, rank_time
+from placement.risk import risk
+from placement.robust import Robust, scenario_peaks
 from placement.topology import Topology
 from placement.trace import LoadTrace
 from placement.transport import transport
@@ -25,8 +27,9 @@ class Rebalance:
     """From `start`, at most most_moves experts fetched per layer: the best improvements per fetch, or a whole new plan.
 
     A new plan is relabelled first: its rank contents go to the ranks that hold most of them already, among ranks with
-    the same slots and speed. A layer whose peak would fall by less than `worth`, as a share, is left alone, and so is a
-    plan made for this very trace.
+    the same slots and speed. A layer whose peak would fall by less than `worth`, as a share, is left alone; so is one
+    that planning anew would not better by so much, judged as it was made: Robust's by its scenarios, others by the load
+    of all windows together.
     """
 
     start: Plan
@@ -49,9 +52,7 @@ class Rebalance:
             "start": self.start.fingerprint,
             "most_moves": self.most_moves,
         }
-        if self.start.provenance.get("trace") == trace.fingerprint and self.start.topology == topology:
-            return certified(self.start.placement_L, trace, topology, made)
-        placement_L = self._followed(trace.load_LE, topology)
+        placement_L = self._followed(trace, topology)
         before = certified(self.start.placement_L, trace, topology, made)
         after = certified(placement_L, trace, topology, made)
         old_L, new_L = (peak_over_mean_L(plan, trace.load_LE, topology) for plan in (before, after))
@@ -59,13 +60,19 @@ class Rebalance:
         chosen = [old if keep else new for keep, old, new in zip(kept, before.placement_L, placement_L, strict=True)]
         return certified(chosen, trace, topology, made)
 
-    def _followed(self, load_LE: FloatArray, topology: Topology) -> list[Placement]:
+    def _followed(self, trace: LoadTrace, topology: Topology) -> list[Placement]:
+        load_LE = trace.load_LE
         mean_L = load_LE.sum(axis=1) / sum(topology.speed_R)
         enough_L = peak_bound_L(load_LE, topology) * mean_L * (1 + 1e-3)
         table = working_table(self.start.placement_L, topology)
-        replanned = placements(Packed(seed=self.seed).pack(load_LE, topology))
+        packed = Packed(seed=self.seed).pack(load_LE, topology)
+        settled_L = self._settled_L(table, packed, trace, topology)
+        replanned = placements(packed)
         found: list[Placement] = []
         for layer, start in enumerate(self.start.placement_L):
+            if settled_L[layer]:
+                found.append(start)
+                continue
             anew = relabelled(start, replanned[layer], topology)
             fetched = int((anew.held_RE & ~start.held_RE).sum())
             candidates = [start, anew] if fetched <= self.most_moves else [start]
@@ -75,6 +82,21 @@ class Rebalance:
             peak = [float((s @ load_LE[layer] / np.array(topology.speed_R)).max()) for s in share]
             found.append(candidates[int(np.argmin(peak))])
         return found
+
+    def _settled_L(self, table: IntArray, packed: IntArray, trace: LoadTrace, topology: Topology) -> BoolArray:
+        """Layers as good as a plan made anew."""
+        if self.start.provenance.get("planner") == "robust":
+            made = self.start.provenance
+            tail, seed = float(made.get("tail", Robust.tail)), int(made.get("seed", Robust.seed))
+            robust = Robust(tail=tail, seed=seed)
+            load_LKE = robust.loads(trace, topology)
+            old_L, new_L = (
+                risk(scenario_peaks(t, load_LKE, topology), tail) for t in (table, robust.pack(load_LKE, topology))
+            )
+        else:
+            old_L, new_L = (rank_time(t, trace.load_LE, topology).max(axis=1) for t in (table, packed))
+        settled_L: BoolArray = new_L > old_L * (1 - self.worth)
+        return settled_L
 
 
 def relabelled(start: Placement, target: Placement, topology: Topology) -> Placement:
@@ -129,7 +151,7 @@ def _best_step(
     mine_SN = (fresh_RE[:, at[hot]].T - fresh_RE[hot, at[hot]][:, None]).repeat(slots, axis=1)
     theirs_N = fresh_RE[hot, at].ravel() - np.take_along_axis(fresh_RE, at, axis=1).ravel()
     rate, chosen = _best_rate(peak - tables.values(np.array([0]), np.array([hot]))[0], mine_SN + theirs_N, left, peak)
-    offers = hand_overs(expert_RS, load_E, topology)
+    offers = hand_overs(expert_RS, load_E[None], topology)
     fetch_XN = fresh_RE[offers.rank_N][:, offers.taker_X].T - fresh_RE[offers.rank_N, at[offers.rank_N, offers.slot_N]]
     hand_rate, handed = _best_rate(peak - offers.peak_XN.ravel(), fetch_XN, left, peak)
     if max(rate, hand_rate) <= 0:

@@ -114,6 +114,11 @@ class Topology:
         return sum(self.slots_R)
 
     @property
+    def uniform(self) -> bool:
+        """Ranks are alike in slots and speed."""
+        return len(set(zip(self.slots_R, self.speed_R, strict=True))) == 1
+
+    @property
     def nodes(self) -> int:
         return -(-self.ranks // self.ranks_per_node)
 

@@ -7,13 +7,15 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from placement import LoadTrace, Packed, RoundRobin, Topology
 from placement.affinity import Affinity
+from placement.bounds import peak_bound_L
 from placement.chain import Chain, all_groupings
 from placement.hops import local_bound_L
+from placement.ilp import Ilp
 from placement.metrics import fan_out, local_L, local_share, peak_over_mean, peak_over_mean_L, rank_load_WLR
 from tests.placement.contracts import assert_keeps_the_planner_contract
 from tests.placement.strategies import choices, topologies
@@ -67,6 +69,7 @@ def test_affinity_keeps_the_planner_contract_on_any_topology(data: st.DataObject
     trace = choices(data.draw(st.integers(0, 99)), tokens=30, layers=3, experts=data.draw(st.integers(3, 7)), top_k=2)
     topology = data.draw(topologies(trace.num_experts))
     cap = data.draw(st.sampled_from([math.inf, 1.3]))
+    assume(cap == math.inf or peak_bound_L(trace.load_LE, topology).max() <= cap)
     assert_keeps_the_planner_contract(Affinity(balance_cap=cap, restarts=3, rounds=1), trace, topology)
 
 
@@ -115,9 +118,23 @@ def test_spare_slots_keep_a_cap_that_single_copies_cannot() -> None:
     trace = choices(5, tokens=600, layers=3, experts=8, top_k=1, follows=0.3)
     topology = Topology.even(ranks=4, slots=4, ranks_per_node=4)
     plan = assert_keeps_the_planner_contract(Affinity(balance_cap=1.02, restarts=4, rounds=2), trace, topology)
-    single = Affinity(balance_cap=1.02, restarts=4, rounds=2)(trace, Topology.even(ranks=4, slots=2, ranks_per_node=4))
-    assert peak_over_mean_L(single, trace.load_LE, topology).max() > 1.02
+    with pytest.raises(ValueError, match=r"no placement keeps a balance cap of 1\.02: the bound of layer \d is 1\."):
+        Affinity(balance_cap=1.02)(trace, Topology.even(ranks=4, slots=2, ranks_per_node=4))
+    assert plan.provenance["cap"] == "kept"
     assert peak_over_mean_L(plan, trace.load_LE, topology).max() <= 1.02 + 1e-9
+
+
+def test_a_cap_that_was_not_reached_is_said_with_its_layers() -> None:
+    trace = choices(0, tokens=600, layers=3, experts=16, top_k=1, follows=0.3)
+    topology = Topology.even(ranks=4, slots=4, ranks_per_node=4)
+    cap = float(peak_bound_L(trace.load_LE, topology).max())
+    plan = Affinity(balance_cap=cap, restarts=2, rounds=0)(trace, topology)
+    over = [n for n, peak in enumerate(peak_over_mean_L(plan, trace.load_LE, topology)) if peak > cap * (1 + 1e-5)]
+    assert over
+    assert plan.provenance["cap"] == f"not kept in layers {', '.join(map(str, over))}: none found"
+    solved = Ilp(balance_cap=cap, seconds=0.01)(trace, topology)
+    within = peak_over_mean_L(solved, trace.load_LE, topology).max() <= cap * (1 + 1e-5)
+    assert (solved.provenance["cap"] == "kept") == within
 
 
 def test_weighing_fan_out_brings_a_tokens_experts_together() -> None:

@@ -107,6 +107,45 @@ def test_a_plan_that_was_tampered_with_fails_verification_with_exit_1(tmp_path: 
     assert "layer 1: claims that at most 0.001000 can stay local" in said
 
 
+def test_each_claim_about_hops_is_checked_on_its_own(tmp_path: Path, trace: Path) -> None:
+    run("plan", trace, *MACHINE, "--planner", "affinity", "-o", tmp_path / "p")
+    document = json.loads((tmp_path / "p").read_text())
+    document["layers"][0]["certificate"]["local"] = 0.99
+    del document["layers"][0]["certificate"]["local_bound"]
+    document["provenance"] |= {"local": 0.98, "local_bound": 0.001}
+    (tmp_path / "p").write_text(json.dumps(document))
+    said = run("verify", tmp_path / "p", "--trace", trace, code=1)
+    assert "claims that a share of 0.990000 stays local" in said
+    assert "provenance claims that a share of 0.98 stays local" in said
+    assert "provenance claims that at most 0.001 can stay local" in said
+
+
+def test_claims_about_hops_that_the_trace_does_not_know_are_unproved(tmp_path: Path, trace: Path) -> None:
+    run("plan", trace, *MACHINE, "--planner", "affinity", "-o", tmp_path / "p")
+    LoadTrace(load_WLE=LoadTrace.load(trace).load_WLE).save(tmp_path / "loads.npz")
+    verdicts = facts("verify", tmp_path / "p", "--trace", tmp_path / "loads.npz")["layers"]
+    assert [verdict["unproved"] for verdict in verdicts] == [True, True, False]
+
+
+def test_people_are_told_of_hops_and_why_nothing_moves(tmp_path: Path, trace: Path) -> None:
+    said = run("plan", trace, *MACHINE, "--planner", "affinity", "-o", tmp_path / "p")
+    assert "at most" in said
+    assert re.search(r"hops that stay on a rank: 0\.\d+, at most 0\.\d+ could; searched", said)
+    run("plan", trace, *MACHINE, "--planner", "packed", "-o", tmp_path / "q")
+    assert "nothing moves" in run(
+        "plan", trace, *MACHINE, "--from", tmp_path / "q", "--max-moves", 3, "-o", tmp_path / "r"
+    )
+
+
+def test_an_affinity_plan_keeps_its_cap_in_every_scenario_on_request(tmp_path: Path) -> None:
+    choices(2, tokens=2000, layers=4, experts=24, top_k=2).windowed(1000).save(tmp_path / "t.npz")
+    machine = ("--nodes", 1, "--ranks-per-node", 4, "--slots", 6, "--balance-cap", 1.08, "--node-worth", 0)
+    said = facts("plan", tmp_path / "t.npz", *machine, "--scenarios", 2, "-o", tmp_path / "p")
+    assert said["provenance"]["cap"] == "kept"
+    assert (said["provenance"]["most_scenarios"], said["provenance"]["node_worth"]) == (2, 0)
+    assert facts("score", tmp_path / "t.npz", tmp_path / "p")["worst_window"] <= 1.08 + 1e-9
+
+
 def test_groups_are_priced_or_strict(tmp_path: Path, trace: Path) -> None:
     priced = facts("plan", trace, *MACHINE, "--groups", 4, "-o", tmp_path / "p")
     strict = facts("plan", trace, *MACHINE, "--groups", 4, "--strict-groups", "-o", tmp_path / "p")
@@ -123,6 +162,10 @@ def test_groups_are_priced_or_strict(tmp_path: Path, trace: Path) -> None:
         (("--planner", "best"), "--planner 'best' is not one of auto"),
         (("--balance-cap", "0.5", "--planner", "affinity"), "balance_cap is a peak/mean and must be at least 1"),
         (("--balance-cap", "1.1", "--planner", "packed"), "--balance-cap is for affinity and ilp"),
+        (
+            ("--balance-cap", "1.01", "--slots", "8", "--speed", "0.1,1,1,1"),
+            "keeps a balance cap of 1.01: the bound of lay",
+        ),
         (("--groups", "5", "--planner", "packed"), "32 experts do not divide into 5 groups"),
         (("--speed", "1,2"), "--speed needs 4 numbers"),
         (("--memory-gb", "0.07", "--expert-mb", "10"), "32 experts do not fit 4 ranks with 28 slots in all"),
@@ -132,6 +175,18 @@ def test_groups_are_priced_or_strict(tmp_path: Path, trace: Path) -> None:
         (("--nodes", "99999999"), "ranks; expected at most 65536"),
         (("--nodes", "0"), "--nodes and --ranks-per-node must be at least 1"),
         (("--experts", "4"), "more than --experts 4"),
+        (("--from", "x", "--max-moves", "1", "--planner", "packed"), "--planner plans anew; leave it out with --from"),
+        (("--from", "x", "--max-moves", "1", "--balance-cap", "1.1"), "--balance-cap plans anew; leave it out"),
+        (("--from", "x", "--max-moves", "1", "--groups", "2"), "--groups plans anew; leave it out"),
+        (("--from", "x", "--max-moves", "1", "--monolithic"), "--monolithic plans anew; leave it out"),
+        (("--max-moves", "3"), "--max-moves needs --from"),
+        (("--expert-mb", "3"), "--expert-mb needs --memory-gb"),
+        (("--group-price", "0.5"), "--group-price needs --groups"),
+        (("--tail", "0.5", "--planner", "packed"), "--tail is for robust; got --planner packed"),
+        (("--fan-out", "0.5", "--planner", "ilp"), "--fan-out is for affinity; got --planner ilp"),
+        (("--monolithic", "--planner", "packed"), "--monolithic is for ilp; got --planner packed"),
+        (("--node-worth", "0.5", "--planner", "ilp"), "--node-worth is for affinity; got --planner ilp"),
+        (("--scenarios", "2", "--planner", "packed"), "--scenarios is for robust and affinity; got --planner packed"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_2_and_nothing_is_written(

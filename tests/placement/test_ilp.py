@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pulp
@@ -85,6 +86,11 @@ def test_a_solvers_bound_is_verified_as_unproved_and_a_false_one_is_caught() -> 
     assert not verdict.faults
     assert verdict.unproved == (certificate.method != CLOSED_FORM)
     assert verdict.bound <= certificate.bound * (1 + 1e-9)
+    value = certificate.peak_over_mean
+    false = replace(certificate, bound=1.01 * value, gap=1 / 1.01 - 1, method="solver's dual bound")
+    (caught,) = verify(replace(plan, certificate_L=(false,)), trace)
+    assert caught.unproved
+    assert any("claims that nothing is below" in fault for fault in caught.faults)
 
 
 def test_blocks_under_a_cap_keep_it_and_keep_no_fewer_hops_than_their_start() -> None:
@@ -129,6 +135,15 @@ def test_without_highs_cbc_proves_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     assert first.proved
     assert second.proved
     assert first.value == pytest.approx(second.value)
+
+
+def test_a_time_out_of_cbc_is_feasible_or_not_found_and_never_optimal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulp.HiGHS, "available", lambda self: False)
+    load_E = drawn_loads(0, layers=1, experts=64, spread=1.5).load_LE[0]
+    solved, _ = programmes.balance(load_E, Topology.even(ranks=8, slots=8, ranks_per_node=8), 1.0, 0)
+    assert solved.solver == "CBC"
+    assert not solved.proved
+    assert solved.status != "optimal"
 
 
 def brute_names(flow: np.ndarray, slow_RR: np.ndarray) -> float:

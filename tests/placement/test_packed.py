@@ -85,6 +85,19 @@ def test_swaps_never_raise_the_peak_nor_change_who_has_how_many_copies(data: st.
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("slots_R, speed_R", [((8,) * 8, (0.25, *(1.0,) * 7)), ((36, *(4,) * 7), (1.0,) * 8)])
+def test_a_slow_or_roomy_rank_that_must_be_full_binds_the_bound(
+    slots_R: tuple[int, ...], speed_R: tuple[float, ...]
+) -> None:
+    trace = drawn_loads(0, layers=2, experts=64)
+    topology = Topology(slots_R=slots_R, ranks_per_node=8, speed_R=speed_R)
+    least_L = np.sort(trace.load_LE, axis=1)[:, : slots_R[0]].sum(axis=1) / speed_R[0]
+    bound_L = peak_bound_L(trace.load_LE, topology)
+    assert (bound_L >= least_L / (trace.load_LE.sum(axis=1) / sum(speed_R)) * (1 - 1e-12)).all()
+    assert all(certificate.gap < 0.02 for certificate in Packed()(trace, topology).certificate_L)
+
+
+@pytest.mark.fast
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_no_placement_whatever_is_below_the_bound(data: st.DataObject) -> None:
