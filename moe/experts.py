@@ -108,9 +108,9 @@ class Grouped:
 class Fastest:
     """Grouped below `crossover` rows an expert and on GPUs, Loop above and wherever Grouped cannot run.
 
-    Measured by scripts/bench/experts.py on a CPU: forward and backward together, Grouped takes 0.6-0.8 of Loop's time at
-    8 to 32 rows an expert, 0.9-1.0 at 128, 1.0-1.1 at 256. Forward alone it gains nothing and loses up to a quarter at
-    256 rows: for inference on a CPU use Loop(). (Not chosen by grad mode: a recomputation must repeat its forward.)
+    Measured by scripts/bench/experts.py on a CPU: forward and backward together, Grouped takes 0.6-0.8 of Loop's time
+    at 8 to 32 rows an expert, 0.9-1.0 at 128, 1.0-1.1 at 256. Forward alone it gains nothing and loses up to a quarter
+    at 256 rows: for inference on a CPU use Loop(). (Not chosen by grad mode: a recomputation must repeat its forward.)
     """
 
     crossover: int = 256
