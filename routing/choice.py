@@ -18,18 +18,24 @@ class Choice:
     A row with expert -1 goes nowhere: it belongs to padding, or was dropped. Its weight is 0, and nobody counts it.
     Such rows are kept because throwing them out would need their number on the host.
 
-    token_N, expert_N: int64. weight_N: from the unpriced score, with its gradient. score_TE, logit_TE: what the router
-    saw, at least fp32, with their gradients. valid_T: False for padding, None if there is none. top_k: K if the rows
-    are K for each token, in token order; None for any other shape.
+    token_N, expert_N: int64. wanted_N: the experts before any row was dropped, -1 for padding; expert_N itself if
+    nothing drops rows. weight_N: from the unpriced score, with its gradient. score_TE, logit_TE: what the router saw,
+    at least fp32, with their gradients. price_E: the prices it was made at. valid_T: False for padding, None if there
+    is none. length: tokens are sequences of so many, end to end. top_k: K if the rows are K for each token, in token
+    order; None for any other shape. k: how many experts the router was asked for, for each token or on average.
     """
 
     token_N: Tensor
     expert_N: Tensor
+    wanted_N: Tensor
     weight_N: Tensor
     score_TE: Tensor
     logit_TE: Tensor
+    price_E: Tensor
     valid_T: Tensor | None
+    length: int
     top_k: int | None
+    k: int
 
     @property
     def num_tokens(self) -> int:
@@ -49,6 +55,20 @@ class Choice:
     @property
     def load_E(self) -> Tensor:
         """Rows for each expert; rows that go nowhere are not counted. int64, on the device, without a host sync."""
-        load_E = self.expert_N.new_zeros(self.num_experts + 1)
-        load_E.scatter_add_(0, self.expert_N + 1, torch.ones_like(self.expert_N))
-        return load_E[1:]
+        return _count(self.expert_N, self.num_experts)
+
+    @property
+    def wanted_E(self) -> Tensor:
+        """Rows that wanted each expert: its load, and the rows that were dropped."""
+        return self.load_E if self.wanted_N is self.expert_N else _count(self.wanted_N, self.num_experts)
+
+    @property
+    def tokens(self) -> Tensor | int:
+        """Tokens without padding; a tensor where the host does not know."""
+        return self.num_tokens if self.valid_T is None else self.valid_T.sum()
+
+
+def _count(expert_N: Tensor, num_experts: int) -> Tensor:
+    load_E = expert_N.new_zeros(num_experts + 1)
+    load_E.scatter_add_(0, expert_N + 1, torch.ones_like(expert_N))
+    return load_E[1:]
