@@ -5,21 +5,44 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe.experts import Activation, Compute, Fastest, SwiGLU
-from routing import Assigner, AtHome, Balancer, Score, Select, Softmax, TopK, Unpriced, Weigh
+from routing import (
+    Assigner,
+    AtHome,
+    Balancer,
+    Drop,
+    Dropless,
+    Loss,
+    Score,
+    Select,
+    Softmax,
+    Sparsify,
+    TopK,
+    Unpriced,
+    Weigh,
+    check_routing,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """dim: model width. hidden: width of each expert. shared_hidden: width of the shared expert; 0 means none."""
+    """dim: model width. hidden: width of each expert. shared_hidden: width of the shared expert; 0 means none.
+
+    top_k: a number, or a schedule of it by step and layer, this one being `layer`. losses: balancing losses, to be
+    charged with the model's own (see `charge`).
+    """
 
     dim: int
     hidden: int
     num_experts: int
-    top_k: int
+    top_k: int | Sparsify
     score: Score = Softmax()
     select: Select = TopK()
     weigh: Weigh = Weigh()
     balancer: Balancer = Unpriced()
+    losses: tuple[Loss, ...] = ()
+    drop: Drop = Dropless()
+    jitter: float = 0.0
+    layer: int = 0
     assigner: Assigner = AtHome()
     activation: Activation = SwiGLU()
     bias: bool = False
@@ -27,9 +50,9 @@ class MoEConfig:
     compute: Compute = Fastest()
 
     def __post_init__(self) -> None:
-        for name in ("dim", "hidden", "num_experts", "top_k"):
+        for name in ("dim", "hidden", "num_experts"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value}; use at least 1")
         if self.shared_hidden < 0:
             raise ValueError(f"shared_hidden={self.shared_hidden}; use the shared expert's width, or 0 for none")
-        self.select.check(self.num_experts, self.top_k)
+        check_routing(self.num_experts, self.top_k, self.layer, self.select, self.balancer, self.jitter)

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from moe.census import Pool
 from moe.comm import Group, Peers, sum_over
 from moe.layer import MoE
+from routing import Router
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -26,8 +28,16 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def leave_experts_alone(model: nn.Module) -> nn.Module:
-    """Tell DDP not to touch the experts; call it on a model before wrapping it. -> the model"""
+    """Tell DDP not to touch what differs from rank to rank; call it on a model before wrapping it. -> the model
+
+    That is the experts, and what each rank has seen of the step: DDP would overwrite it with what its first rank saw.
+    """
     names = [name for name, _ in expert_parameters(model)]
+    for prefix, module in model.named_modules():
+        if isinstance(module, Router):
+            names += [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers() if name != "price_E"]
+        elif isinstance(module, Pool):
+            names.append(f"{prefix}.load_E".lstrip("."))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)  # type: ignore[no-untyped-call]
     return model
 

@@ -6,17 +6,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
+from moe.batch import Batch, header, problem_of, raise_alike
+from moe.census import Pool
 from moe.comm import Group, Peers, gather_counts, lend, tie, visitors
 from moe.config import MoEConfig
-from moe.dispatch import Dispatch
+from moe.dispatch import Dispatch, upload
 from moe.experts import Experts, Shared, Stack, compute_dtype
+from moe.levy import Levies, Slip
 from moe.recompute import Replays
 from placement import Placement, RoundRobin, Topology
 from routing import Assignment, Choice, Loan, Router, Rows
@@ -32,6 +33,8 @@ class _Step(NamedTuple):
     loans: tuple[Loan, ...]
     dispatch: Dispatch
     grad_wanted: bool | None
+    pool_E: Tensor | None
+    slip: Slip | None
 
 
 class MoE(nn.Module):
@@ -67,6 +70,9 @@ class MoE(nn.Module):
             select=config.select,
             weigh=config.weigh,
             balancer=config.balancer,
+            drop=config.drop,
+            jitter=config.jitter,
+            layer=config.layer,
             **factory,
         )
         self.experts = Experts(
@@ -84,24 +90,29 @@ class MoE(nn.Module):
         )
         self._observers: OrderedDict[int, Observer] = OrderedDict()
         self._replays: Replays[_Step] = Replays()
+        self.pool = Pool(config.num_experts, device)
+        self.levies = Levies(config.losses)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """valid: [...], False for padding, which is neither routed nor counted and gets zero."""
+    def forward(self, x: Tensor, valid: Tensor | None = None, ratio: Tensor | None = None) -> Tensor:
+        """valid: [...], False for padding, which is neither routed nor counted and gets zero. ratio: [..., without the
+        last two of x], the masked share of each sequence, for selectors that ask for it."""
         step = self._replays.find()
         if step is None:
-            x_TD, valid_T, choice, step = self._decide(x, valid)
+            batch, choice, step = self._decide(x, valid, ratio)
         else:
-            x_TD, valid_T = _flat(x, valid)
-            choice = self.router(x_TD, valid_T, step.rows)
+            batch = Batch.of(x, valid, ratio)
+            choice = self._route(batch, step.rows)
         self._replays.keep(step)
 
         own, visiting = self._weights(step.loans)
-        row_MD = step.dispatch.send(_joining_in(x_TD, step.grad_wanted).to(compute_dtype(x_TD)))
+        row_MD = step.dispatch.send(_joining_in(batch.x_TD, step.grad_wanted).to(compute_dtype(batch.x_TD)))
         out_MD = self.experts(row_MD, step.dispatch.rows_A, own, visiting)
         y_TD = step.dispatch.home(out_MD, choice.weight_N)
         if self.shared is not None:
-            y_TD = y_TD + self._shared(self.shared, x_TD, valid_T)
+            y_TD = y_TD + self._shared(self.shared, batch.x_TD, batch.valid_T)
+        if step.slip is not None:
+            y_TD = self.levies(y_TD, choice, step.pool_E, step.slip)
         return y_TD.view(x.shape)
 
     def observe(self, fn: Observer) -> RemovableHandle:
@@ -140,44 +151,53 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         return f"rank {self.peers.rank} of {self.peers.size}, {self.config.assigner}"
 
-    def _decide(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Choice, _Step]:
+    def _decide(self, x: Tensor, valid: Tensor | None, ratio: Tensor | None) -> tuple[Batch, Choice, _Step]:
         """Choose, tell every rank, assign. The counts are gathered even if this rank's input is no good, so that all
         ranks raise the same error instead of waiting for one that has left."""
-        problem = self._problem(x, valid)
+        problem = problem_of(x, valid, ratio, self.config.dim, self.experts.up)
         choice = None
         if problem is None:
-            x_TD, valid_T = _flat(x, valid)
-            choice = self.router(x_TD, valid_T)
+            batch = Batch.of(x, valid, ratio)
+            choice = self._route(batch)
         with _disable_current_modes():  # selective checkpointing must not save what a replay will not run again
-            table = gather_counts(self._header(choice, x.requires_grad), self.peers)
-            _raise_alike(table[:, self.config.num_experts :], problem, self.peers.rank)
+            table = gather_counts(header(choice, x.requires_grad, self.router.weight), self.peers)
+            raise_alike(table[:, self.config.num_experts :], problem, self.peers.rank)
             assert choice is not None
             assignment = self.config.assigner(table[:, : self.config.num_experts].copy(), self.placement)
             loans = assignment.loans(self.placement)
             active = [*self.experts.expert_ids, *visitors(loans, self.peers.rank)]
             dispatch = Dispatch.of(choice, assignment, active, self.peers)
+            pool_E, slip = self._observe(choice, assignment)
         step = _Step(
-            rows=Rows(choice.token_N, choice.expert_N, choice.top_k),
+            rows=Rows(choice.token_N, choice.expert_N, choice.top_k, choice.wanted_N),
             assignment=assignment,
             loans=loans,
             dispatch=dispatch,
             grad_wanted=bool(table[:, -1].any()) if torch.is_grad_enabled() else None,
+            pool_E=pool_E,
+            slip=slip,
         )
+        return batch, choice, step
+
+    def _observe(self, choice: Choice, assignment: Assignment) -> tuple[Tensor | None, Slip | None]:
+        """Tell whoever wants to know of a choice: in training the router's statistics and the losses, always those who
+        asked. A census only counts. -> what the losses need"""
+        pool_E, slip = None, None
+        if self.training and (self.levies.pooled or self.pool.counting):
+            group_E = upload([assignment.count_RE.sum(axis=0)], choice.expert_N.device)[0]
+            pool_E = self.pool.take(choice.load_E, group_E)
+        if self.pool.counting:
+            return pool_E, slip
+        if self.training:
+            self.router.observe(choice)
+            slip = self.levies.open_slip(choice)
         for fn in tuple(self._observers.values()):
             fn(choice, assignment)
-        return x_TD, valid_T, choice, step
+        return pool_E, slip
 
-    def _header(self, choice: Choice | None, grad_wanted: bool) -> Tensor:
-        """What every rank must know: rows for each expert; then tokens with bad logits, no choice made, grad wanted."""
-        num_experts = self.config.num_experts
-        header = torch.zeros(num_experts + 3, dtype=torch.int64, device=self.router.weight.device)
-        if choice is None:
-            header[num_experts + 1] = 1
-        else:
-            header[:num_experts] = choice.load_E
-            header[num_experts] = _count_nonfinite(choice)
-        header[num_experts + 2] = int(grad_wanted)
-        return header
+    def _route(self, batch: Batch, rows: Rows | None = None) -> Choice:
+        choice: Choice = self.router(batch.x_TD, batch.valid_T, rows, length=batch.length, ratio_B=batch.ratio_B)
+        return choice
 
     def _shared(self, shared: nn.Module, x_TD: Tensor, valid_T: Tensor | None) -> Tensor:
         """Padding is masked on both sides: what it holds must reach neither the output nor a weight's gradient."""
@@ -194,18 +214,6 @@ class MoE(nn.Module):
         empty: dict[str, Tensor | None] = {"up_bias": None, "down_bias": None}
         return Stack(**(empty | dict(zip(names, own)))), Stack(**(empty | dict(zip(names, visiting))))  # type: ignore[arg-type]
 
-    def _problem(self, x: Tensor, valid: Tensor | None) -> str | None:
-        weight = self.experts.up
-        if x.ndim < 1 or x.shape[-1] != self.config.dim:
-            return f"the layer takes [..., {self.config.dim}]; got {list(x.shape)}"
-        if x.device != weight.device:
-            return f"the input is on {x.device}, the layer on {weight.device}"
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return f"the input is {x.dtype}, the layer {weight.dtype}; convert one, or use torch.autocast"
-        if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:-1]):
-            return f"valid must be bool and {list(x.shape[:-1])}; got {valid.dtype} and {list(valid.shape)}"
-        return None
-
 
 def _placement(config: MoEConfig, peers: Peers, placement: Placement | None) -> Placement:
     if placement is None:
@@ -219,29 +227,8 @@ def _placement(config: MoEConfig, peers: Peers, placement: Placement | None) -> 
     return placement
 
 
-def _flat(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return x.reshape(-1, x.shape[-1]), None if valid is None else valid.reshape(-1)
-
-
 def _joining_in(x_TD: Tensor, grad_wanted: bool | None) -> Tensor:
     """If any rank's input wants a gradient, all ranks take part in the exchange that brings it; None: nobody knows."""
     if torch.is_grad_enabled() and not x_TD.requires_grad and grad_wanted is not False:
         return x_TD.detach().requires_grad_()
     return x_TD
-
-
-def _count_nonfinite(choice: Choice) -> Tensor:
-    bad_T = ~choice.logit_TE.detach().isfinite().all(dim=-1)
-    return (bad_T if choice.valid_T is None else bad_T & choice.valid_T).sum()
-
-
-def _raise_alike(flag_RF: NDArray[np.int64], problem: str | None, rank: int) -> None:
-    """flag_RF: tokens with non-finite logits and refused inputs, by rank."""
-    if (refused := np.flatnonzero(flag_RF[:, 1])).size:
-        ranks = ", ".join(map(str, refused.tolist()))
-        raise ValueError(f"bad input on rank {ranks}: {problem or f'all ranks stop with it (this is rank {rank})'}")
-    if (bad := np.flatnonzero(flag_RF[:, 0])).size:
-        raise ValueError(
-            f"NaN or Inf in the router's logits: {flag_RF[bad, 0].tolist()} tokens on ranks {bad.tolist()}; "
-            f"look for it in the layer's input and in router.weight"
-        )

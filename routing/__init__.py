@@ -3,14 +3,20 @@
 from routing.assigner import Assigner, AtHome
 from routing.assignment import Assignment, Loan
 from routing.balancer import Balancer, Unpriced
+from routing.capacity import Drop, Dropless
 from routing.choice import NOWHERE, Choice
+from routing.forced import ForcedRouter, forced_experts
 from routing.least_loaded import BreakEven, LeastLoaded, Worth
-from routing.router import ForcedRouter, Router, Weigh, forced_experts
+from routing.losses import GlobalLoss, GShardLoss, Loss, SequenceLoss, SwitchLoss, ZLoss
+from routing.router import Router, check_routing
+from routing.schedule import Sparsify
 from routing.scores import Score, Sigmoid, Softmax, at_least_fp32
-from routing.select import Rows, Select, TopK
+from routing.select import Rows, Select, Tokens, TopK
+from routing.weigh import Weigh
 
 __all__ = [
-    "NOWHERE", "Assigner", "Assignment", "AtHome", "Balancer", "BreakEven", "Choice", "ForcedRouter", "LeastLoaded",
-    "Loan", "Router", "Rows", "Score", "Select", "Sigmoid", "Softmax", "TopK", "Unpriced", "Weigh", "Worth",
-    "at_least_fp32", "forced_experts",
+    "NOWHERE", "Assigner", "Assignment", "AtHome", "Balancer", "BreakEven", "Choice", "Drop", "Dropless",
+    "ForcedRouter", "GShardLoss", "GlobalLoss", "LeastLoaded", "Loan", "Loss", "Router", "Rows", "Score", "Select",
+    "SequenceLoss", "Sigmoid", "Softmax", "Sparsify", "SwitchLoss", "Tokens", "TopK", "Unpriced", "Weigh", "Worth",
+    "ZLoss", "at_least_fp32", "check_routing", "forced_experts",
 ]  # fmt: skip

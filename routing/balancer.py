@@ -1,6 +1,6 @@
 """Balancers: rules for prices. A token chooses the top-k of `score - price`; its weights ignore the price.
 
-A balancer is a value and keeps no state of its own: the Router holds the standing prices and the statistics, as buffers.
+A balancer is a value and keeps no state: the Router holds the standing prices and the statistics, as buffers.
 
     quote     before a choice: the prices of this batch, from its scores and the standing prices
     observe   after it: what this batch adds to the statistics. They are sums, so a step's statistics are the same

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -13,9 +14,13 @@ class Score(Protocol):
     def __call__(self, logit_TE: Tensor) -> Tensor:
         """logit_TE -> score_TE"""
 
+    def logits(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        """The likeness of each token to each expert, both in fp32 or better. -> logit_TE"""
+        return F.linear(x_TD, weight_ED)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Softmax:
+class Softmax(Score):
     """The experts of a token compete: its scores sum to 1."""
 
     def __call__(self, logit_TE: Tensor) -> Tensor:
@@ -23,7 +28,7 @@ class Softmax:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sigmoid:
+class Sigmoid(Score):
     """Each expert is scored alone, between 0 and 1."""
 
     def __call__(self, logit_TE: Tensor) -> Tensor:

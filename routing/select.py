@@ -11,16 +11,29 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Which token goes to which expert. top_k: as in Choice."""
+    """Which token goes to which expert. top_k: as in Choice. wanted_N: expert_N before any was dropped; None: it is."""
 
     token_N: Tensor
     expert_N: Tensor
     top_k: int | None
+    wanted_N: Tensor | None = None
+
+
+class Tokens(NamedTuple):
+    """What is known of a batch of tokens besides what they say.
+
+    valid_T: False for padding, None if there is none. length: they are sequences of so many, end to end. ratio_B: the
+    masked share of each sequence (of a diffusion model), None if nobody said.
+    """
+
+    valid_T: Tensor | None
+    length: int
+    ratio_B: Tensor | None = None
 
 
 class Select(Protocol):
-    def __call__(self, priced_TE: Tensor, top_k: int) -> Rows:
-        """priced_TE, the scores less the prices -> rows"""
+    def __call__(self, priced_TE: Tensor, top_k: int, tokens: Tokens) -> Rows:
+        """priced_TE, the scores less the prices -> rows. Those of padding need not be told: the Router will."""
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Raise ValueError if this selector cannot choose top_k of num_experts."""
@@ -52,7 +65,7 @@ class TopK:
         if top_k > (reach := self.keep * num_experts // self.groups):
             raise ValueError(f"top_k={top_k}, but {self.keep} of {self.groups} groups hold only {reach} experts")
 
-    def __call__(self, priced_TE: Tensor, top_k: int) -> Rows:
+    def __call__(self, priced_TE: Tensor, top_k: int, tokens: Tokens) -> Rows:
         if self.keep < self.groups:
             priced_TE = self._keep_best_groups(priced_TE)
         expert_TK = priced_TE.topk(top_k, dim=-1).indices

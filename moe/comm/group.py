@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Self, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -16,6 +17,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 Group: TypeAlias = dist.ProcessGroup | DeviceMesh | None
+
+
+class Everyone(Enum):
+    """All ranks of the default process group, or this process alone where there is none."""
+
+    EVERYONE = "everyone"
+
+
+EVERYONE = Everyone.EVERYONE
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +40,10 @@ class Peers:
     size: int
 
     @classmethod
-    def of(cls, group: Group) -> Self:
-        """group: a process group, a one-dimensional DeviceMesh, or None for this process alone."""
+    def of(cls, group: Group | Everyone) -> Self:
+        """group: a process group, a one-dimensional DeviceMesh, EVERYONE, or None for this process alone."""
+        if isinstance(group, Everyone):
+            group = dist.group.WORLD if dist.is_initialized() else None
         if group is None:
             return cls(group=None, rank=0, size=1)
         if isinstance(group, DeviceMesh):

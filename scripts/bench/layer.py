@@ -23,7 +23,7 @@ from torch import Tensor
 from moe import MoE, MoEConfig, World
 from moe.comm import world_group
 from placement import Placement
-from routing import Assigner, Assignment, AtHome, LeastLoaded, Rows, TopK
+from routing import Assigner, Assignment, AtHome, LeastLoaded, Rows, Tokens, TopK
 from routing.select import token_major
 from scripts.bench.table import median_ratio, rounds, show
 
@@ -42,7 +42,7 @@ class HotSet(TopK):
 
     share: float = 0.0
 
-    def __call__(self, priced_TE: Tensor, top_k: int) -> Rows:
+    def __call__(self, priced_TE: Tensor, top_k: int, tokens: Tokens) -> Rows:
         num_tokens, num_experts = priced_TE.shape
         generator = torch.Generator().manual_seed(dist.get_rank())
         expert_TK = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k, dim=-1).indices

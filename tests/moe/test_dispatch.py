@@ -34,11 +34,15 @@ def random_choice(rank: int, seed: int, top_k: int | None) -> Choice:
     return Choice(
         token_N=torch.from_numpy(token_N),
         expert_N=torch.from_numpy(expert_N),
+        wanted_N=torch.from_numpy(expert_N),
         weight_N=torch.from_numpy(rng.standard_normal(len(token_N)) * (expert_N >= 0)).requires_grad_(),
         score_TE=score_TE,
         logit_TE=score_TE,
+        price_E=torch.zeros(EXPERTS),
         valid_T=None,
+        length=num_tokens,
         top_k=top_k,
+        k=top_k or 1,
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from routing import NOWHERE, Choice, Router, Rows, Score, Sigmoid, Softmax, TopK, Weigh
+from routing import NOWHERE, Choice, Router, Rows, Score, Sigmoid, Softmax, Tokens, TopK, Weigh
 from tests.routing.batches import LAW
 
 pytestmark = pytest.mark.fast
@@ -52,7 +52,7 @@ def chosen_score(choice: Choice) -> Tensor:
 def test_a_token_chooses_by_score_less_price(seed: int, score: Score, select: TopK, top_k: int) -> None:
     layer = router(seed, top_k, score=score, select=select)
     choice = layer(tokens(seed))
-    expected = select(score(tokens(seed) @ layer.weight.T) - layer.price_E, top_k)
+    expected = select(score(tokens(seed) @ layer.weight.T) - layer.price_E, top_k, Tokens(None, 0))
     assert torch.equal(choice.expert_N, expected.expert_N)
     assert torch.equal(choice.token_N, expected.token_N)
     assert choice.top_k == top_k

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing import TopK
+from routing import Tokens, TopK
 from tests.routing.batches import LAW
 
 pytestmark = pytest.mark.fast
+TOKENS = Tokens(None, 0)
 Worth = Literal["max", "top2sum"]
 
 
@@ -46,7 +47,7 @@ def selections(draw: st.DrawFn, grouped: bool) -> tuple[torch.Tensor, int, TopK]
 @given(selections(grouped=False))
 def test_each_token_takes_its_best_experts_best_first(selection: tuple[torch.Tensor, int, TopK]) -> None:
     priced_TE, top_k, select = selection
-    rows = select(priced_TE, top_k)
+    rows = select(priced_TE, top_k, TOKENS)
     expected = [best_by_sorting(priced_E, top_k, select)[0] for priced_E in priced_TE.tolist()]
     assert rows.expert_N.view(-1, top_k).tolist() == expected
 
@@ -55,7 +56,7 @@ def test_each_token_takes_its_best_experts_best_first(selection: tuple[torch.Ten
 @given(selections(grouped=True))
 def test_each_token_takes_the_best_experts_of_its_best_groups(selection: tuple[torch.Tensor, int, TopK]) -> None:
     priced_TE, top_k, select = selection
-    rows = select(priced_TE, top_k)
+    rows = select(priced_TE, top_k, TOKENS)
     expected = [best_by_sorting(priced_E, top_k, select)[0] for priced_E in priced_TE.tolist()]
     assert rows.expert_N.view(-1, top_k).tolist() == expected
 
@@ -67,7 +68,7 @@ def test_no_pick_lies_outside_the_best_groups_though_all_priced_scores_are_negat
 ) -> None:
     priced_TE, top_k, select = selection
     negative_TE = priced_TE - priced_TE.max() - 1.0
-    rows = select(negative_TE, top_k)
+    rows = select(negative_TE, top_k, TOKENS)
     for priced_E, picks in zip(negative_TE.tolist(), rows.expert_N.view(-1, top_k).tolist()):
         assert set(picks) <= best_by_sorting(priced_E, top_k, select)[1]
 
@@ -77,7 +78,7 @@ def test_no_pick_lies_outside_the_best_groups_though_all_priced_scores_are_negat
 def test_rows_are_k_distinct_experts_for_each_token_in_token_order(selection: tuple[torch.Tensor, int, TopK]) -> None:
     priced_TE, top_k, select = selection
     before = priced_TE.clone()
-    rows = select(priced_TE, top_k)
+    rows = select(priced_TE, top_k, TOKENS)
     assert rows.top_k == top_k
     assert rows.token_N.dtype == rows.expert_N.dtype == torch.int64
     assert rows.token_N.tolist() == [token for token in range(len(priced_TE)) for _ in range(top_k)]
@@ -102,19 +103,19 @@ def test_a_group_of_one_expert_is_worth_that_expert_even_as_a_pair() -> None:
 def test_keeping_every_group_limits_nothing(selection: tuple[torch.Tensor, int, TopK]) -> None:
     priced_TE, top_k, select = selection
     all_kept = TopK(groups=select.groups, keep=select.groups, worth=select.worth)
-    assert torch.equal(all_kept(priced_TE, top_k).expert_N, TopK()(priced_TE, top_k).expert_N)
+    assert torch.equal(all_kept(priced_TE, top_k, TOKENS).expert_N, TopK()(priced_TE, top_k, TOKENS).expert_N)
 
 
 @pytest.mark.parametrize("select", [TopK(), TopK(groups=2, keep=1), TopK(groups=4, keep=2, worth="top2sum")])
 def test_equal_scores_still_choose_distinct_experts_of_as_few_groups(select: TopK) -> None:
-    picks_TK = select(torch.full((50, 8), -0.5), 3).expert_N.view(50, 3)
+    picks_TK = select(torch.full((50, 8), -0.5), 3, TOKENS).expert_N.view(50, 3)
     for picks in picks_TK.tolist():
         assert len(set(picks)) == 3
         assert len({expert * select.groups // 8 for expert in picks}) <= select.keep
 
 
 def test_no_tokens_choose_no_experts() -> None:
-    rows = TopK(groups=2, keep=1)(torch.zeros(0, 8), 3)
+    rows = TopK(groups=2, keep=1)(torch.zeros(0, 8), 3, TOKENS)
     assert rows.token_N.shape == rows.expert_N.shape == (0,)
 
 

@@ -1,0 +1,78 @@
+"""Batch: what a layer is called with, and how all ranks learn that one of them was called with something wrong."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from routing import Choice
+
+
+class Batch(NamedTuple):
+    """A layer's input, a line for each token."""
+
+    x_TD: Tensor
+    valid_T: Tensor | None
+    ratio_B: Tensor | None
+    length: int
+
+    @classmethod
+    def of(cls, x: Tensor, valid: Tensor | None, ratio: Tensor | None) -> Self:
+        return cls(
+            x_TD=x.reshape(-1, x.shape[-1]),
+            valid_T=None if valid is None else valid.reshape(-1),
+            ratio_B=None if ratio is None else ratio.reshape(-1),
+            length=x.shape[-2] if x.ndim > 1 else 1,
+        )
+
+
+def problem_of(x: Tensor, valid: Tensor | None, ratio: Tensor | None, dim: int, weight: Tensor) -> str | None:
+    """What is wrong with a layer's input, if anything. weight: any of the experts'."""
+    if x.ndim < 1 or x.shape[-1] != dim:
+        return f"the layer takes [..., {dim}]; got {list(x.shape)}"
+    if x.device != weight.device:
+        return f"the input is on {x.device}, the layer on {weight.device}"
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"the input is {x.dtype}, the layer {weight.dtype}; convert one, or use torch.autocast"
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:-1]):
+        return f"valid must be bool and {list(x.shape[:-1])}; got {valid.dtype} and {list(valid.shape)}"
+    if ratio is not None and (not ratio.is_floating_point() or ratio.shape != x.shape[:-2]):
+        return f"ratio must be floating point and {list(x.shape[:-2])}; got {ratio.dtype} and {list(ratio.shape)}"
+    return None
+
+
+def header(choice: Choice | None, grad_wanted: bool, weight: Tensor) -> Tensor:
+    """What every rank must know: rows for each expert; then tokens with bad logits, no choice made, grad wanted.
+
+    weight: the router's.
+    """
+    num_experts = weight.shape[0]
+    head_F = torch.zeros(num_experts + 3, dtype=torch.int64, device=weight.device)
+    if choice is None:
+        head_F[num_experts + 1] = 1
+    else:
+        head_F[:num_experts] = choice.load_E
+        head_F[num_experts] = _count_nonfinite(choice)
+    head_F[num_experts + 2] = int(grad_wanted)
+    return head_F
+
+
+def raise_alike(flag_RF: NDArray[np.int64], problem: str | None, rank: int) -> None:
+    """flag_RF: tokens with non-finite logits and refused inputs, by rank."""
+    if (refused := np.flatnonzero(flag_RF[:, 1])).size:
+        ranks = ", ".join(map(str, refused.tolist()))
+        raise ValueError(f"bad input on rank {ranks}: {problem or f'all ranks stop with it (this is rank {rank})'}")
+    if (bad := np.flatnonzero(flag_RF[:, 0])).size:
+        raise ValueError(
+            f"NaN or Inf in the router's logits: {flag_RF[bad, 0].tolist()} tokens on ranks {bad.tolist()}; "
+            f"look for it in the layer's input and in router.weight"
+        )
+
+
+def _count_nonfinite(choice: Choice) -> Tensor:
+    bad_T = ~choice.logit_TE.detach().isfinite().all(dim=-1)
+    return (bad_T if choice.valid_T is None else bad_T & choice.valid_T).sum()
