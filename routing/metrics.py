@@ -102,8 +102,8 @@ def flat(load_E: Tensor, mean_score_E: Tensor, *, uneven: float = 1.25, seen: fl
     """The flat-P alarm: loads are uneven, but the mean scores are so flat that a balancing loss reads even.
 
     Scaling all logits down leaves the choice as it is and takes the loss to its minimum, 1. sum_fp - 1 is the
-    covariance of loads and mean scores, sum_f2 - 1 the variance of loads; their ratio is the share of the imbalance that
-    the loss sees. True where sum_f2 is at least `uneven` (1.25: cv is a half) and that share at most `seen`.
+    covariance of loads and mean scores, sum_f2 - 1 the variance of loads: their ratio is the share of the imbalance
+    that the loss sees. True where sum_f2 is at least `uneven` (1.25: cv is a half) and that share at most `seen`.
     [..., E] -> [...], bool.
     """
     spread = sum_f2(load_E)
