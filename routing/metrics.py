@@ -1,8 +1,9 @@
 """How even a layer's load is: MaxVio and its family, the alarms, and Balance, one layer's reading in a step.
 
 Every function reduces the last axis and keeps the others, so `load_LE` gives a number per layer. Numbers of several
-layers are averaged, never the loads: four layers that collapsed on different experts look perfect when pooled. Nothing
-here waits for the device, so values are not checked; shapes are. A layer without rows reads as even: nobody waits.
+layers are averaged, never the loads: four layers that collapsed on different experts look perfect when pooled. Only
+`readings` waits for the device, so values are not checked (a load that is NaN reads as NaN); shapes are. A layer
+without rows reads as even: nobody waits.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def relative_load(load_E: Tensor) -> Tensor:
         raise ValueError(f"a load is [..., experts] with at least one expert; got shape {tuple(load_E.shape)}")
     load_E = load_E.to(at_least_fp32(load_E.dtype))
     total = load_E.sum(dim=-1, keepdim=True)
-    safe = torch.where(total > 0, total, 1)
-    return torch.where(total > 0, load_E * load_E.shape[-1] / safe, 1)
+    relative_E = load_E * load_E.shape[-1] / total.masked_fill(total == 0, 1)
+    return relative_E.masked_fill(total == 0, 1)
 
 
 def max_vio(load_E: Tensor) -> Tensor:
@@ -81,10 +82,11 @@ def mean_score(score_TE: Tensor, valid_T: Tensor | None) -> Tensor:
         raise ValueError(
             f"valid_T has shape {tuple(valid_T.shape)}; the scores have {tuple(score_TE.shape[:-1])} tokens"
         )
+    score_TE = score_TE.to(at_least_fp32(score_TE.dtype))
     tiny = torch.finfo(score_TE.dtype).tiny
     share_TE = score_TE / score_TE.sum(dim=-1, keepdim=True).clamp_min(tiny)
     if valid_T is not None:
-        share_TE = torch.where(valid_T[..., None], share_TE, 0)
+        share_TE = share_TE.masked_fill(~valid_T[..., None], 0)
     total_E = share_TE.sum(dim=-2)
     return total_E / total_E.sum(dim=-1, keepdim=True).clamp_min(tiny)
 
@@ -118,7 +120,7 @@ def drop_share(wanted_E: Tensor, load_E: Tensor) -> Tensor:
     _require_same("wanted_E", wanted_E, load_E)
     real = at_least_fp32(load_E.dtype)
     wanted, kept = wanted_E.sum(dim=-1).to(real), load_E.sum(dim=-1).to(real)
-    return torch.where(wanted > 0, 1 - kept / torch.where(wanted > 0, wanted, 1), 0)
+    return (1 - kept / wanted.masked_fill(wanted == 0, 1)).masked_fill(wanted == 0, 0)
 
 
 def rank_share(placement: Placement, device: torch.device | str = "cpu") -> Tensor:
@@ -141,6 +143,8 @@ def rank_peak(load_E: Tensor, share_RE: Tensor) -> Tensor:
 
 def price_spread(price_E: Tensor) -> Tensor:
     """The dearest expert's price less the cheapest's. [..., E] -> [...]."""
+    if price_E.ndim == 0 or price_E.shape[-1] == 0:
+        raise ValueError(f"prices are [..., experts] with at least one expert; got shape {tuple(price_E.shape)}")
     return price_E.amax(dim=-1) - price_E.amin(dim=-1)
 
 

@@ -145,9 +145,23 @@ def test_the_alarm_sees_flat_scores_that_the_loss_does_not() -> None:
 
 @pytest.mark.parametrize("bad", [torch.tensor(3), torch.zeros(2, 0)])
 def test_a_load_without_experts_is_refused(bad: Tensor) -> None:
-    for meter in EVENNESS:
+    for meter in (*EVENNESS, price_spread):
         with pytest.raises(ValueError, match="at least one expert"):
             meter(bad)
+    with pytest.raises(ValueError, match="a single number"):
+        dead(torch.tensor(3))
+    with pytest.raises(ValueError, match=r"\[..., tokens, experts\]"):
+        mean_score(torch.zeros(4), None)
+
+
+def test_half_precision_scores_are_averaged_in_fp32() -> None:
+    score_TE = torch.rand(3000, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    torch.testing.assert_close(mean_score(score_TE, None), mean_score(score_TE.double(), None).float())
+
+
+def test_a_load_that_is_not_a_number_does_not_read_as_even() -> None:
+    load_E = torch.tensor([1.0, torch.nan, 2.0])
+    assert all(bool(meter(load_E).isnan()) for meter in EVENNESS)
 
 
 def test_padding_has_no_mean_score() -> None:
@@ -270,3 +284,21 @@ def test_meters_and_tally_make_no_data_dependent_shape_or_host_read() -> None:
     score_TE, valid_T = torch.zeros(5, 8, device="meta"), torch.zeros(5, dtype=torch.bool, device="meta")
     assert mean_score(score_TE, valid_T).shape == (8,)
     assert Tally.empty(1, 8, "meta").add(load_E[None]).avg.shape == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch.cuda.is_available() is False")
+@pytest.mark.filterwarnings("default")
+def test_on_a_gpu_nothing_waits_for_the_device_but_readings() -> None:
+    load_E, price_E = torch.arange(8, device="cuda"), torch.zeros(8, device="cuda")
+    score_TE, valid_T = torch.rand(5, 8, device="cuda"), torch.ones(5, dtype=torch.bool, device="cuda")
+    share_RE, tally = torch.full((2, 8), 0.5, device="cuda"), Tally.empty(1, 8, "cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mean_score_E = mean_score(score_TE, valid_T)
+        balance = Balance.of(load_E, price_E, mean_score_E=mean_score_E, wanted_E=load_E, share_RE=share_RE)
+        tally = tally.add(load_E[None])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert readings({"0": balance})["0"]["max_vio"] == float(tally.avg) == 1
