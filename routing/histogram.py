@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from routing.dual import Ends
 
 FINEST = 2.0**-20  # the scale at which the bins stop to narrow, as a share of the reach
+SPAN = math.asinh(1 / FINEST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,7 @@ class Histogram:
     def count(self, value_TE: Tensor, centre_E: Tensor, valid_T: Tensor | None) -> Tensor:
         """Values in each bin, in float64. -> count_EB"""
         num_experts = value_TE.shape[1]
-        span = torch.asinh(torch.tensor(1 / FINEST, dtype=torch.float64)).item()
-        place_TE = ((value_TE - centre_E.to(value_TE.dtype)) / self._unit).asinh_().div_(span)
+        place_TE = ((value_TE - centre_E.to(value_TE.dtype)) / self._unit).asinh_().div_(SPAN)
         bin_TE = ((place_TE + 1) * (self.bins / 2)).clamp_(0, self.bins - 1).long()
         bin_TE += torch.arange(num_experts, device=bin_TE.device) * self.bins
         one_TE = torch.ones_like(bin_TE, dtype=torch.float64)
@@ -52,7 +53,7 @@ class Histogram:
     def edges(self, device: torch.device) -> Tensor:
         """From where to where each bin goes, less the centre. -> edge_B, one more than bins, float64"""
         edge_B = torch.linspace(-1, 1, self.bins + 1, dtype=torch.float64, device=device)
-        return (edge_B * torch.asinh(torch.full_like(edge_B[0], 1 / FINEST))).sinh() * self._unit
+        return (edge_B * SPAN).sinh() * self._unit
 
     def ends(self, count_EB: Tensor, rank: Tensor) -> Ends:
         """From where to where `rank` values of each expert lie above, less its centre, as if a bin's lay even in it.

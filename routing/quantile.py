@@ -12,6 +12,7 @@ from routing.balancer import Balancer
 from routing.choice import Choice
 from routing.dual import Ends, check_top_k, expert_ends, or_standing, token_ends, transposed
 from routing.histogram import Histogram
+from routing.interior import optimize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +26,20 @@ class Quantile(Balancer):
     token's choice depends on others of the step. The standing prices go one round further with every step, on all of
     its tokens together: from histograms of `bins` bins that reach so far from the standing price, in units of the
     scores. They are whole counts, so the prices are the same to the bit however the tokens were spread.
+
+    polish: so many steps of an interior-point method after the rounds; a dozen find the best prices of the batch.
     """
 
     rounds: int = 1
     bins: int = 256
     reach: float = 2.0
+    polish: int = 0
 
     def __post_init__(self) -> None:
         if self.rounds < 0:
             raise ValueError(f"{type(self).__name__}(rounds={self.rounds}): use rounds >= 0")
+        if self.polish < 0:
+            raise ValueError(f"{type(self).__name__}(polish={self.polish}): use polish >= 0")
         _ = self.histogram
 
     @property
@@ -53,7 +59,7 @@ class Quantile(Balancer):
         self, score_TE: Tensor, price_E: Tensor, top_k: int, *, valid_T: Tensor | None, settled: Tensor
     ) -> Tensor:
         num_tokens, num_experts = score_TE.shape
-        if self.rounds == 0 or top_k == num_experts or num_tokens == 0:
+        if self.rounds + self.polish == 0 or top_k == num_experts or num_tokens == 0:
             return price_E
         score_TE = score_TE.detach()
         score_ET = transposed(score_TE)
@@ -62,6 +68,9 @@ class Quantile(Balancer):
             token_price_T = self.pick(token_ends(score_TE - quoted_E, top_k))
             quoted_E = self.pick(expert_ends(score_ET - token_price_T, top_k, valid_T))
             quoted_E = quoted_E - quoted_E.mean()
+        if self.polish:
+            quoted_E = optimize(score_TE, quoted_E, top_k, self.polish, valid_T).price_E
+            quoted_E = (quoted_E - quoted_E.mean()).to(score_TE.dtype)
         return or_standing(quoted_E, price_E, valid_T)
 
     def observe(self, choice: Choice, price_E: Tensor) -> dict[str, Tensor]:
