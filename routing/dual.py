@@ -125,29 +125,10 @@ def dual_gap(
 ) -> Tensor:
     """By how much D exceeds `kept`, relative to it: 0 proves both to be optimal. -> a float64 scalar
 
-    kept: the score that some balanced choice keeps, such as the optimum of the programme. The score that the choice at
-    these prices keeps will not do unless it is balanced: the gap would be too small, or negative. With `capped_score`
-    the gap is certainly not too small, if all scores are positive.
+    kept: the score that some balanced choice keeps. `optimize` finds one with the prices; HiGHS finds the best. The
+    score kept by the choice at these prices will not do unless it is balanced: the gap would be too small, or negative.
     """
     return dual_value(score_TE, price_E, top_k, valid_T) / kept - 1
-
-
-def capped_score(score_TE: Tensor, price_E: Tensor, top_k: int, valid_T: Tensor | None = None) -> Tensor:
-    """The score kept if each token chooses at these prices and each expert then drops all but its C best rows.
-
-    No expert has more than C tokens and no token more than K experts. That is less than balance asks: what is short of
-    it could only add score if scores are positive, but might first have to move other rows. -> a float64 scalar
-    """
-    score_TE = score_TE.detach().double()
-    num_tokens, num_experts = score_TE.shape
-    expert_TK = (score_TE - price_E).topk(top_k, dim=1).indices
-    taken_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, expert_TK, True)
-    if valid_T is not None:
-        taken_TE &= valid_T[:, None]
-    best_TE = score_TE.masked_fill(~taken_TE, -INF).sort(dim=0, descending=True).values
-    capacity = count_tokens(num_tokens, valid_T) * top_k // num_experts
-    kept_TE = (torch.arange(num_tokens, device=score_TE.device)[:, None] < capacity) & (best_TE > -INF)
-    return best_TE.where(kept_TE, 0.0).sum()
 
 
 def kept_score(choice: Choice) -> Tensor:

@@ -13,18 +13,19 @@ from routing.mean_of_quotes import MeanOfQuotes
 
 @dataclass(frozen=True, kw_only=True)
 class Sinkhorn(MeanOfQuotes):
-    """As Bip, with soft maxima: every pair counts a little, the less the lower the temperature.
+    """As Bip, with soft maxima: a token wants all experts a little, the best ones more the lower the temperature.
 
-    A choice spread over all experts is balanced exactly after enough rounds, but what a token takes is its top-k, and
-    that is balanced only as far as the temperature is low; then it needs more rounds. In units of the scores.
+    In units of the scores. After enough rounds what tokens want is balanced exactly, but what they take is their top-k.
+    For K = 1 the two agree ever better as the temperature falls. For larger K nothing says that a token may want an
+    expert only once: at a low temperature it wants its best one K times over, and the choice is badly balanced.
     """
 
-    temperature: float = 0.05
+    temperature: float = 0.2
     rounds: int = 8
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ValueError(f"Sinkhorn(temperature={self.temperature}): use temperature > 0; Bip is the limit at 0")
+            raise ValueError(f"Sinkhorn(temperature={self.temperature}): use temperature > 0")
         if self.rounds < 0:
             raise ValueError(f"Sinkhorn(rounds={self.rounds}): use rounds >= 0")
 
