@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -86,7 +88,7 @@ def test_small_sign_steps_never_raise_the_dual_and_large_ones_do(rule: str, step
     score_TE = popular(2048, 16, seed=3, score="sigmoid")
     _, values, worst = descend(LossFree(step=step), score_TE, 4, 300)
     assert worst < 1e-9
-    assert any(after > before + 1e-9 for before, after in zip(values, values[1:])) == rises
+    assert any(after > before + 1e-9 for before, after in pairwise(values)) == rises
 
 
 def test_proportional_steps_balance_a_batch_to_a_thousandth() -> None:
