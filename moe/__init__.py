@@ -8,13 +8,14 @@ from moe.data_parallel import average_expert_grads, expert_parameters, leave_exp
 from moe.experts import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
 from moe.layer import MoE
 from moe.levy import charge
+from moe.meters import Meters
 from moe.parity import assert_ep_parity
 from moe.prices import settle_after, settle_prices
 from moe.record import Recorder
 from moe.reference import reference
 
 __all__ = [
-    "EVERYONE", "GELU", "Experts", "Fastest", "Grouped", "Loop", "MoE", "MoEConfig", "ReLU2", "Recorder", "SwiGLU",
+    "EVERYONE", "GELU", "Experts", "Fastest", "Grouped", "Loop", "Meters", "MoE", "MoEConfig", "ReLU2", "Recorder", "SwiGLU",
     "World", "WorldError", "assert_ep_parity", "average_expert_grads", "census", "charge", "clip_grad_norm",
     "expert_parameters", "grad_norm", "leave_experts_alone", "nodes_of", "reference", "settle_after", "settle_prices",
 ]  # fmt: skip

@@ -45,6 +45,8 @@ class Balancer(Protocol):
         """New standing prices. stats: float64 sums of a whole step over all ranks; those of `shapes`, and
 
         load_E   rows that wanted each expert, before any were dropped
+        kept_E   rows that were not dropped
+        score_E  scores of the tokens, each token's made to sum to 1
         tokens   tokens, without padding
 
         A step without tokens must leave the prices alone. No rank may read a value on its host to find that out.

@@ -162,7 +162,8 @@ def saturated(price_E: Tensor, score_range: float) -> Tensor:
 class Balance:
     """One layer's reading in a step: scalars on the device, None for what nobody measured. `readings` brings them home.
 
-    dual_gap: of a balancer that knows its bound. aux_coefficient: what a balancing loss weighs in effect.
+    dual_gap: of a balancer that knows its bound. loss_share: of the whole loss, what this layer's balancing
+    losses are.
     """
 
     max_vio: Tensor
@@ -177,7 +178,7 @@ class Balance:
     drop_share: Tensor | None = None
     rank_peak: Tensor | None = None
     dual_gap: Tensor | None = None
-    aux_coefficient: Tensor | None = None
+    loss_share: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -191,7 +192,7 @@ class Balance:
         wanted_E: Tensor | None = None,
         share_RE: Tensor | None = None,
         dual_gap: Tensor | None = None,
-        aux_coefficient: Tensor | None = None,
+        loss_share: Tensor | None = None,
     ) -> Self:
         """load_E: rows of the whole group, every micro-batch of the step. mean_score_E gives the flat-P alarm, wanted_E
         (rows before capacity) the dropped share, share_RE (a placement's) the peak of ranks."""
@@ -211,7 +212,7 @@ class Balance:
             drop_share=None if wanted_E is None else drop_share(wanted_E, load_E),
             rank_peak=None if share_RE is None else rank_peak(load_E, share_RE),
             dual_gap=dual_gap,
-            aux_coefficient=aux_coefficient,
+            loss_share=loss_share,
         )
 
     def measured(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from routing.balancer import Balancer, Unpriced
 from routing.capacity import Drop, Dropless
 from routing.choice import NOWHERE, Choice
+from routing.metrics import mean_score
 from routing.schedule import Sparsify
 from routing.scores import Score, Softmax, at_least_fp32
 from routing.select import Rows, Select, Tokens, TopK
@@ -25,7 +26,7 @@ class Router(nn.Module):
     The logits are computed in fp32 or better whatever the type of x, outside autocast. The standing prices, the number
     of times they were settled and the statistics of the step so far are buffers: they keep their types under
     `.bfloat16()` and friends, and travel in the state dict. `forward` writes none of them; `observe` adds a choice to
-    the statistics, `settle` closes a step.
+    the statistics, `settle` closes a step and keeps its common statistics in `closed`, for meters.
 
     top_k: a number, or a schedule of it by step and layer. jitter: in training, x is multiplied by numbers between
     1 - jitter and 1 + jitter before it is scored.
@@ -33,7 +34,6 @@ class Router(nn.Module):
 
     price_E: Tensor
     settled: Tensor
-    settled_load_E: Tensor
 
     def __init__(
         self,
@@ -59,11 +59,11 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         self.register_buffer("price_E", torch.zeros(num_experts, device=device, dtype=torch.float32))
         self.register_buffer("settled", torch.zeros((), device=device, dtype=torch.int64))
-        shapes = {"load_E": (num_experts,), "tokens": (), **balancer.shapes(num_experts)}
+        shapes = dict.fromkeys(("load_E", "kept_E", "score_E"), (num_experts,)) | {"tokens": ()}
+        shapes |= balancer.shapes(num_experts)
         for name, shape in shapes.items():
             self.register_buffer(_STAT + name, torch.zeros(shape, device=device, dtype=torch.float64))
-        last = torch.zeros(num_experts, device=device, dtype=torch.float64)
-        self.register_buffer("settled_load_E", last, persistent=False)
+        self.closed: dict[str, Tensor] = {}
         self._step_seen: tuple[Tensor, int, int] | None = None
         self.reset_parameters()
 
@@ -152,8 +152,13 @@ class Router(nn.Module):
     @torch.no_grad()
     def observe(self, choice: Choice) -> None:
         """Add a choice to the statistics. Once for each token: not in evaluation, and not again in recomputations."""
+        every = {
+            "load_E": choice.wanted_E,
+            "kept_E": choice.load_E,
+            "score_E": mean_score(choice.score_TE, choice.valid_T) * choice.tokens,
+        }
         own = self.balancer.observe(choice, self.price_E)
-        for name, value in {"load_E": choice.wanted_E, "tokens": choice.tokens, **own}.items():
+        for name, value in {**every, "tokens": choice.tokens, **own}.items():
             self.get_buffer(_STAT + name).add_(value)
 
     @torch.no_grad()
@@ -161,7 +166,7 @@ class Router(nn.Module):
         """Close a step: new prices from the statistics, summed over the ranks before. They start again from nothing."""
         stats, step = self.stats, self.step
         self.price_E.copy_(self.balancer.settle(self.price_E, stats, self.top_k, settled=self.settled))
-        self.settled_load_E.copy_(stats["load_E"])
+        self.closed = {name: stats[name].clone() for name in ("load_E", "kept_E", "score_E", "tokens")}
         for stat in stats.values():
             stat.zero_()
         self.settled += 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor
 
 
 class Score(Protocol):
+    range: ClassVar[float] = math.inf
+    """The largest score less the smallest that it can give."""
+
     def __call__(self, logit_TE: Tensor) -> Tensor:
         """logit_TE -> score_TE"""
 
@@ -23,6 +27,8 @@ class Score(Protocol):
 class Softmax(Score):
     """The experts of a token compete: its scores sum to 1."""
 
+    range: ClassVar[float] = 1.0
+
     def __call__(self, logit_TE: Tensor) -> Tensor:
         return logit_TE.to(at_least_fp32(logit_TE.dtype)).softmax(dim=-1)
 
@@ -30,6 +36,8 @@ class Softmax(Score):
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(Score):
     """Each expert is scored alone, between 0 and 1."""
+
+    range: ClassVar[float] = 1.0
 
     def __call__(self, logit_TE: Tensor) -> Tensor:
         return logit_TE.to(at_least_fp32(logit_TE.dtype)).sigmoid()

@@ -214,7 +214,7 @@ def test_a_reading_holds_what_was_measured_and_nothing_else() -> None:
         wanted_E=torch.tensor([8, 3, 1, 0]),
         share_RE=rank_share(Placement(expert_RS=[[0, 3], [1, 2]])),
         dual_gap=torch.tensor(1e-3),
-        aux_coefficient=torch.tensor(0.01),
+        loss_share=torch.tensor(0.01),
     )
     both = readings({"a": Balance.of(load_E, price_E), "b": full})
     assert both["a"] == bare

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from routing import NOWHERE, Choice, Router, Rows, Score, Sigmoid, Softmax, Tokens, TopK, Weigh
+from routing import NOWHERE, Choice, Router, Rows, Score, Sigmoid, Softmax, Tokens, TopK, Unpriced, Weigh
 from tests.routing.batches import LAW
 
 pytestmark = pytest.mark.fast
@@ -189,10 +189,12 @@ def test_the_lines_of_a_choice_are_its_tokens_and_other_rows_have_none() -> None
 
 
 @dataclass(frozen=True)
-class Quoting:
+class Quoting(Unpriced):
     """Quotes from this batch, and from the standing price."""
 
-    def quote(self, score_TE: Tensor, price_E: Tensor, top_k: int) -> Tensor:
+    def quote(
+        self, score_TE: Tensor, price_E: Tensor, top_k: int, *, valid_T: Tensor | None, settled: Tensor
+    ) -> Tensor:
         assert not score_TE.requires_grad
         return price_E + score_TE.mean(dim=0) * top_k
 
@@ -203,7 +205,7 @@ def test_the_balancers_quote_decides_and_leaves_the_standing_price_alone() -> No
     before = layer.price_E.clone()
     choice = layer(tokens(3))
     score_TE = choice.score_TE.detach()
-    expected = TopK()(score_TE - (before + score_TE.mean(dim=0) * 3), 3)
+    expected = TopK()(score_TE - (before + score_TE.mean(dim=0) * 3), 3, Tokens(None, 0))
     assert torch.equal(choice.expert_N, expected.expert_N)
     assert torch.equal(layer.price_E, before)
 

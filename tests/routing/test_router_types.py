@@ -77,7 +77,8 @@ def test_prices_survive_a_checkpoint_to_the_bit(name: str) -> None:
 
 def test_prices_are_state_but_nothing_an_optimizer_sees() -> None:
     router = priced()
-    assert set(router.state_dict()) == {"weight", "price_E"}
+    stats = {"stat_load_E", "stat_kept_E", "stat_score_E", "stat_tokens"}
+    assert set(router.state_dict()) == {"weight", "price_E", "settled"} | stats
     assert [name for name, _ in router.named_parameters()] == ["weight"]
     assert not router.price_E.requires_grad
 
