@@ -15,7 +15,7 @@ from moe.record import Recorder
 from moe.reference import reference
 
 __all__ = [
-    "EVERYONE", "GELU", "Experts", "Fastest", "Grouped", "Loop", "Meters", "MoE", "MoEConfig", "ReLU2", "Recorder", "SwiGLU",
-    "World", "WorldError", "assert_ep_parity", "average_expert_grads", "census", "charge", "clip_grad_norm",
+    "EVERYONE", "GELU", "Experts", "Fastest", "Grouped", "Loop", "Meters", "MoE", "MoEConfig", "ReLU2", "Recorder",
+    "SwiGLU", "World", "WorldError", "assert_ep_parity", "average_expert_grads", "census", "charge", "clip_grad_norm",
     "expert_parameters", "grad_norm", "leave_experts_alone", "nodes_of", "reference", "settle_after", "settle_prices",
 ]  # fmt: skip

@@ -46,9 +46,8 @@ class Meters:
         self.tally = self.tally.add(torch.stack([layer.router.closed["load_E"] for layer in self.layers.values()]))
         if step % self.every:
             return {}
-        told = readings(
-            {name: self._balance(layer, share) for (name, layer), share in zip(self.layers.items(), self._share)}
-        )
+        balances = [self._balance(layer, share_RE) for layer, share_RE in zip(self.layers.values(), self._share)]
+        told = readings(dict(zip(self.layers, balances)))
         told |= over_layers(told)
         for sink in self.sinks:
             sink(step, told)

@@ -59,8 +59,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         self.register_buffer("price_E", torch.zeros(num_experts, device=device, dtype=torch.float32))
         self.register_buffer("settled", torch.zeros((), device=device, dtype=torch.int64))
-        shapes = dict.fromkeys(("load_E", "kept_E", "score_E"), (num_experts,)) | {"tokens": ()}
-        shapes |= balancer.shapes(num_experts)
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("load_E", "kept_E", "score_E"), (num_experts,))
+        shapes |= {"tokens": (), **balancer.shapes(num_experts)}
         for name, shape in shapes.items():
             self.register_buffer(_STAT + name, torch.zeros(shape, device=device, dtype=torch.float64))
         self.closed: dict[str, Tensor] = {}
@@ -152,13 +152,9 @@ class Router(nn.Module):
     @torch.no_grad()
     def observe(self, choice: Choice) -> None:
         """Add a choice to the statistics. Once for each token: not in evaluation, and not again in recomputations."""
-        every = {
-            "load_E": choice.wanted_E,
-            "kept_E": choice.load_E,
-            "score_E": mean_score(choice.score_TE, choice.valid_T) * choice.tokens,
-        }
-        own = self.balancer.observe(choice, self.price_E)
-        for name, value in {**every, "tokens": choice.tokens, **own}.items():
+        score_E = mean_score(choice.score_TE, choice.valid_T) * choice.tokens
+        common = {"load_E": choice.wanted_E, "kept_E": choice.load_E, "score_E": score_E, "tokens": choice.tokens}
+        for name, value in {**common, **self.balancer.observe(choice, self.price_E)}.items():
             self.get_buffer(_STAT + name).add_(value)
 
     @torch.no_grad()
