@@ -128,7 +128,7 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Whole or not at all."""
         state = {
-            "run": repr(self.run), "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "run": self.run, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "step": self.step, "seconds": self.seconds, "tally": self.meters.tally, "first": self.first,
         }  # fmt: skip
         torch.save(state, path.with_suffix(".new"))
@@ -136,8 +136,8 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=False)
-        if state["run"] != repr(self.run):
-            raise ValueError(f"{path} is of another run: {state['run']}; this is {self.run}")
+        if state["run"] != self.run:
+            raise ValueError(f"{path} is of another run: {state['run']}; this is {self.run}; give another folder")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.first = state["step"], state["seconds"], state["first"]
