@@ -1,7 +1,7 @@
 """A routing trace of a small model: what each token chose in each layer.
 
-    python -m scripts.trace -o trace.npz                                          # of a model trained for a minute or two
-    python -m scripts.trace --from out/bip/rank0of1.pt -o trace.npz               # of one that scripts.train trained
+    python -m scripts.trace -o trace.npz                               # of a model trained for a minute or two
+    python -m scripts.trace --from out/bip/rank0of1.pt -o trace.npz    # of one that scripts.train trained
 
 The model learns from the sources of Python's standard library and is recorded on packages it has not seen, one window
 for each 1024 bytes, named by the package they belong to. Same seed and machine, same trace.

@@ -32,7 +32,7 @@ PAPER = "switch"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--rounds", type=int, default=15, help="of the timing, two steps each")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     arguments = parser.parse_args()
@@ -91,20 +91,16 @@ def draw(folder: Path, sizes: list[str]) -> None:
     figure, axes = plt.subplots(1, len(sizes), figsize=(6 * len(sizes), 4), squeeze=False)
     for axis, size in zip(axes[0], sizes):
         for balance in BALANCE:
-            lines = [
-                json.loads(line) for line in (folder / size / balance / "0" / "log.jsonl").read_text().splitlines()
-            ]
-            axis.plot(*_curve(lines), label=balance, linewidth=1)
-        axis.set(
-            title=f"{size.replace('x', ' experts, k = ')}", xlabel="step", ylabel="MaxVio of the step", yscale="log"
-        )
+            axis.plot(*_curve(folder / size / balance / "0" / "log.jsonl"), label=balance, linewidth=1)
+        axis.set(title=size.replace("x", " experts, k = "), xlabel="step", ylabel="MaxVio of the step", yscale="log")
     axes[0][-1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(folder / "maxvio.png", dpi=110)
     print(f"\n{folder / 'maxvio.png'}")
 
 
-def _curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+def _curve(log: Path) -> tuple[list[int], list[float]]:
+    lines: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
     return [line["step"] for line in lines], [line["readings"]["run"]["max_vio"] for line in lines]
 
 
