@@ -36,7 +36,8 @@ def main() -> None:
             x = torch.randn(TOKENS, DIM) + pull  # all tokens lean the same way: some experts are everybody's favourites
             loss = (layer(x) - (x @ target).tanh()).square().mean()
             optimizer.zero_grad()
-            charge(layer, loss).backward()  # adds the balancing losses, if there are any
+            loss = charge(layer, loss)  # adds the balancing losses, if there are any
+            torch.autograd.backward(loss)
             optimizer.step()
             settle_prices(layer)  # once per optimiser step: sums over ranks and micro-batches, sets new prices
             seen.append(meters.read(step)["moe"]["max_vio"])
