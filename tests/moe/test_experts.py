@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
-from moe.experts import Stack
+from moe.compute import Stack
 
 pytestmark = pytest.mark.fast
 EMPTY = Stack(torch.zeros(0, 16, 8), torch.zeros(0, 8, 8), None, None)
