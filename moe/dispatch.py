@@ -66,7 +66,7 @@ class Dispatch:
         row_G, row_O = by_expert_N[go + nowhere], by_expert_N[stay + nowhere]
         num_rows, tokens, device = int(recv_AR.sum()), choice.num_tokens, choice.token_N.device
         index_M = torch.empty(num_rows, dtype=torch.int64, device=device)
-        index_M.index_copy_(0, place_stay, choice.token_N[row_O])
+        index_M.index_copy_(0, place_stay, choice.token_N.index_select(0, row_O))
         index_M.index_copy_(0, place_guest, torch.arange(tokens, tokens + len(place_guest), device=device))
         place_N = torch.full_like(choice.token_N, num_rows + len(row_G))
         place_N.index_copy_(0, row_O, place_stay)
@@ -95,19 +95,30 @@ class Dispatch:
 
         A token that stays is not copied: index_M finds it where it is.
         """
+        weight_M = None
+        if weight_N is not None:
+            weight_M = weight_N.new_empty(self.num_rows)
+            weight_M.index_copy_(0, self.place_O, weight_N.index_select(0, self.row_O))
+        if self.peers.group is None:
+            return x_TD, weight_M
         weight_G = None if weight_N is None else weight_N.index_select(0, self.row_G)
         leaving_GD = _pack(x_TD.index_select(0, self.token_G), weight_G)
         guest_HD, weight_H = _unpack(exchange(leaving_GD, self.send_R, self.recv_R, self.peers), weight_N)
-        source_XD = torch.cat([x_TD, guest_HD]) if len(guest_HD) else x_TD
-        if weight_N is None or weight_H is None:
-            return source_XD, None
-        weight_M = weight_N.new_empty(self.num_rows)
-        weight_M.index_copy_(0, self.place_O, weight_N.index_select(0, self.row_O))
-        return source_XD, weight_M.index_copy_(0, self.place_H, weight_H)
+        if weight_M is not None and weight_H is not None:
+            weight_M.index_copy_(0, self.place_H, weight_H)
+        return torch.cat([x_TD, guest_HD]) if len(guest_HD) else x_TD, weight_M
 
     def come(self, row_XD: Tensor | None, scalar_M: Tensor | None) -> Tensor | None:
         """What was made of guests goes back, and what other ranks made comes into the room behind the M rows of row_XD.
         So do the scalars. -> scalar_N, zero for rows that went nowhere"""
+        scalar_N = None
+        if scalar_M is not None:
+            scalar_N = scalar_M.new_zeros(len(self.token_N))
+            scalar_N.index_copy_(0, self.row_O, scalar_M.index_select(0, self.place_O))
+        if self.peers.group is None:
+            if row_XD is not None:
+                row_XD[self.num_rows :].zero_()
+            return scalar_N
         given = next(tensor for tensor in (row_XD, scalar_M) if tensor is not None)
         row_HD = given.new_empty(len(self.place_H), 0) if row_XD is None else row_XD.index_select(0, self.place_H)
         packed_HD = _pack(row_HD, None if scalar_M is None else scalar_M.index_select(0, self.place_H))
@@ -115,11 +126,9 @@ class Dispatch:
         if row_XD is not None:
             row_XD[self.num_rows : self.num_rows + len(home_GD)] = home_GD
             row_XD[self.num_rows + len(home_GD) :].zero_()
-        if scalar_M is None or scalar_G is None:
-            return None
-        scalar_N = scalar_M.new_zeros(len(self.token_N))
-        scalar_N.index_copy_(0, self.row_O, scalar_M.index_select(0, self.place_O))
-        return scalar_N.index_copy_(0, self.row_G, scalar_G)
+        if scalar_N is not None and scalar_G is not None:
+            scalar_N.index_copy_(0, self.row_G, scalar_G)
+        return scalar_N
 
     def total(self, row_XD: Tensor, weight_N: Tensor | None) -> Tensor:
         """The (weighted) rows of each token, added in fp32 or better in the order they were chosen: the same to the bit
@@ -143,9 +152,13 @@ def _weighted_total(row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor) -> Tens
     step = 256 if row_XD.device.type == "cpu" else max(len(place_TK), 1)
     for start in range(0, len(place_TK), step):
         tokens = slice(start, start + step)
-        sum_TD = y_TD[tokens].new_zeros(y_TD[tokens].shape, dtype=weight_TK.dtype)
-        for place_T, weight_T in zip(place_TK[tokens].unbind(1), weight_TK[tokens].unbind(1)):
-            sum_TD.addcmul_(row_XD.index_select(0, place_T).to(weight_TK.dtype), weight_T[:, None])
+        terms = [
+            (row_XD.index_select(0, place_T).to(weight_TK.dtype), weight_T[:, None])
+            for place_T, weight_T in zip(place_TK[tokens].unbind(1), weight_TK[tokens].unbind(1))
+        ]
+        sum_TD = terms[0][0].mul_(terms[0][1])
+        for row_TD, weight_T1 in terms[1:]:
+            sum_TD.addcmul_(row_TD, weight_T1)
         y_TD[tokens] = sum_TD
     return y_TD
 
@@ -209,6 +222,6 @@ def _spread(segments: Sequence[tuple[IntArray, IntArray]], device: torch.device)
     shift_and_length = upload(tables, device)
     totals = [int(length.sum()) for _, length in segments]
     return [
-        shift.repeat_interleave(length, output_size=total) + torch.arange(total, device=device)
+        shift.repeat_interleave(length, output_size=total) + torch.arange(total, device=device) if total else length
         for shift, length, total in zip(shift_and_length[::2], shift_and_length[1::2], totals)
     ]
