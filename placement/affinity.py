@@ -36,7 +36,9 @@ class Affinity:
 
     balance_cap: the largest peak/mean allowed in each scenario; infinite for none. most_scenarios: see Robust; 1 caps
     the load of all windows together. node_worth: what a hop within a node is worth beside one that stays on its rank.
-    fan_out: what it is worth to have all choices of a token in a layer on one rank, beside keeping all its hops local.
+    fan_out: what it is worth to have all choices of a token in a layer on one rank, beside keeping all its hops local;
+    on one node it is worth node_worth of that, so ranks and nodes a token both count. One number serves both, as a hop
+    and a dispatch cross the same links.
     Spare slots go to copies, and only where single copies cannot keep the cap.
     restarts, rounds: of the search where the optimum cannot be listed; large models get fewer.
     """

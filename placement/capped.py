@@ -13,7 +13,12 @@ from placement.chain import Chain
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Capped:
     """load_LKE: loads in each scenario, scaled so that a perfect spread takes time 1 on every rank. cap: no rank may
-    take longer. together_LEE: worth of two experts of a layer sharing a rank (fan-out), beside the chain's own worth.
+    take longer. together_LEE: worth of two experts of a layer on one rank (fan-out), beside the chain's own worth.
+
+    Two experts that a token chooses together are as near as two that it visits one after the other: on one node they
+    are worth the chain's near_RR of `together`, for a token that reaches two ranks of a node crosses to it once. With
+    two choices a token this counts exactly the ranks and nodes it is spared; with more it counts pairs, of which k
+    choices in one place are k (k - 1) / 2.
     """
 
     chain: Chain
@@ -25,8 +30,8 @@ class Capped:
     def worth_B(self, rank_BLE: IntArray) -> FloatArray:
         together_B = np.zeros(len(rank_BLE))
         for layer, together_EE in enumerate(self.together_LEE):
-            same_BEE = rank_BLE[:, layer, :, None] == rank_BLE[:, layer, None, :]
-            together_B += (same_BEE * together_EE).sum(axis=(1, 2)) / 2
+            near_BEE = self.chain.near_RR[rank_BLE[:, layer, :, None], rank_BLE[:, layer, None, :]]
+            together_B += (near_BEE * together_EE).sum(axis=(1, 2)) / 2
         return self.chain.worth_B(rank_BLE) + together_B
 
     def excess_BL(self, rank_BLE: IntArray) -> FloatArray:
@@ -83,14 +88,16 @@ class Capped:
         -inf for a swap that does not help.
         """
         experts = rank_AE.shape[1]
-        together = self.together_LEE[layer_A]
+        together, near_RR = self.together_LEE[layer_A], self.chain.near_RR
+        apart = together
         if together.any():
-            one_AER = (rank_AE[:, :, None] == np.arange(gain_AER.shape[2])).astype(np.float64)
-            gain_AER = gain_AER + together @ one_AER
+            gain_AER = gain_AER + together @ near_RR[rank_AE]
+            # Each of the two gains counts the other as if it stayed; after the swap they are as far apart as before.
+            apart = together * (1 - near_RR[rank_AE[:, :, None], rank_AE[:, None, :]])
         a = np.arange(len(rank_AE))[:, None, None]
         there_AEE = gain_AER[a, np.arange(experts)[None, :, None], rank_AE[:, None, :]]
         here_AE = np.take_along_axis(gain_AER, rank_AE[:, :, None], axis=2)[:, :, 0]
-        rise = there_AEE + there_AEE.transpose(0, 2, 1) - here_AE[:, :, None] - here_AE[:, None, :] - 2 * together
+        rise = there_AEE + there_AEE.transpose(0, 2, 1) - here_AE[:, :, None] - here_AE[:, None, :] - 2 * apart
         load_AKE, speed_R = self.load_LKE[layer_A], np.array(self.speed_R)
         speed_AE = speed_R[rank_AE]
         time_AKE = np.take_along_axis(time_AKR, np.repeat(rank_AE[:, None], time_AKR.shape[1], axis=1), axis=2)

@@ -16,7 +16,7 @@ from placement.bounds import peak_bound_L
 from placement.chain import Chain, all_groupings
 from placement.hops import local_bound_L
 from placement.ilp import Ilp
-from placement.metrics import fan_out, local_L, local_share, peak_over_mean, peak_over_mean_L, rank_load_WLR
+from placement.metrics import local_L, local_share, peak_over_mean, peak_over_mean_L, rank_load_WLR
 from tests.placement.contracts import assert_keeps_the_planner_contract
 from tests.placement.strategies import choices, topologies
 
@@ -135,17 +135,6 @@ def test_a_cap_that_was_not_reached_is_said_with_its_layers() -> None:
     solved = Ilp(balance_cap=cap, seconds=0.01)(trace, topology)
     within = peak_over_mean_L(solved, trace.load_LE, topology).max() <= cap * (1 + 1e-5)
     assert (solved.provenance["cap"] == "kept") == within
-
-
-def test_weighing_fan_out_brings_a_tokens_experts_together() -> None:
-    trace = choices(7, tokens=500, layers=3, experts=16, top_k=3)
-    topology = Topology.even(ranks=4, slots=4, ranks_per_node=2)
-    assert trace.expert_TLK is not None
-    reached = [
-        fan_out(Affinity(balance_cap=1.5, fan_out=weight)(trace, topology), trace.expert_TLK, range(4))
-        for weight in (0.0, 20.0)
-    ]
-    assert reached[1] < reached[0]
 
 
 def test_hops_that_leave_the_rank_stay_within_the_node_where_that_is_worth_something() -> None:
