@@ -13,6 +13,7 @@ from placement.bounds import ROUNDING
 from placement.capped import Capped
 from placement.certify import certified
 from placement.chain import Chain, all_groupings, pools
+from placement.copies import require_room
 from placement.greedy import Packed
 from placement.hops import METHOD, local_bound_L
 from placement.metrics import local_L, local_share
@@ -90,8 +91,7 @@ class Affinity:
             pair_LEE = np.zeros((0, trace.num_experts, trace.num_experts))
             if trace.layers > 1:
                 raise ValueError("the trace has loads alone; affinity needs each token's choices, or pairs of layers")
-        if topology.slots < trace.num_experts:
-            raise ValueError(f"{trace.num_experts} experts do not fit {topology.slots} slots; use more slots")
+        require_room(trace.num_experts, topology)
         mass = float(pair_LEE.sum(axis=(1, 2)).mean()) if len(pair_LEE) else 1.0
         together_LEE = np.zeros((trace.layers, trace.num_experts, trace.num_experts))
         if self.fan_out:

@@ -52,7 +52,7 @@ def choices(seed: int, *, tokens: int, layers: int, experts: int, top_k: int, fo
 
 
 def coactive(seed: int, *, tokens: int, layers: int, experts: int, top_k: int, bands: int) -> LoadTrace:
-    """A generated trace in which the experts of a band are chosen together, four times in five; bands differ by layer."""
+    """A generated trace in which the experts of a band are chosen together; bands differ by layer."""
     random = np.random.default_rng(seed)
     band_LE = np.stack([random.permutation(np.arange(experts) % bands) for _ in range(layers)])
     own_TLE = random.integers(bands, size=(tokens, layers, 1)) == band_LE

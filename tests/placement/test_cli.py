@@ -168,7 +168,10 @@ def test_groups_are_priced_or_strict(tmp_path: Path, trace: Path) -> None:
         ),
         (("--groups", "5", "--planner", "packed"), "32 experts do not divide into 5 groups"),
         (("--speed", "1,2"), "--speed needs 4 numbers"),
-        (("--memory-gb", "0.07", "--expert-mb", "10"), "32 experts do not fit 4 ranks with 28 slots in all"),
+        (
+            ("--memory-gb", "0.07", "--expert-mb", "10"),
+            "28 slots in all, where no rank has more slots than its memory holds experts of 10000000 bytes",
+        ),
         (("--memory-gb", "1"), "--memory-gb needs --expert-mb"),
         (("--slots", "1000000000"), "--slots must be from 0 to 65536"),
         (("--memory-gb", "nan", "--expert-mb", "1"), "--memory-gb must be finite numbers; got 'nan'"),
