@@ -171,6 +171,23 @@ def test_a_sweep_never_loses_mass_and_fills_no_rank_beyond_its_room(seed: int) -
 
 
 @pytest.mark.fast
+@given(st.integers(0, 999), st.sampled_from([1.05, 1.3, math.inf]), st.sampled_from([0.0, 0.0, 1.0]), st.integers(1, 2))
+@settings(max_examples=100, deadline=None)
+def test_swaps_stop_only_where_none_is_left_that_helps(seed: int, cap: float, fan_out: float, scenarios: int) -> None:
+    """Scores are made anew for what a swap has touched alone: at the end they must be as they are from scratch."""
+    trace = choices(seed, tokens=30, layers=3, experts=12, top_k=2).windowed(15)
+    topology = Topology(slots_R=(4, 3, 3, 2), ranks_per_node=2, speed_R=(1.0, 1.0, 2.0, 0.5))
+    problem = Affinity(balance_cap=cap, fan_out=fan_out, most_scenarios=scenarios).problem(trace, topology)
+    random = np.random.default_rng(seed)
+    start_AE = np.stack([random.permutation(np.repeat(np.arange(4), topology.slots_R)) for _ in range(5)])
+    layer_A, gain_AER = random.integers(3, size=5), random.random((5, 12, 4))
+    end_AE = problem._swapped(start_AE, gain_AER, layer_A, most_swaps=10_000)
+    every = np.repeat(np.arange(12)[None], 5, axis=0)
+    assert (problem._scores(end_AE, gain_AER, layer_A, problem._times(end_AE, layer_A), every) == -np.inf).all()
+    assert (np.sort(end_AE, axis=1) == np.sort(start_AE, axis=1)).all()
+
+
+@pytest.mark.fast
 def test_loads_alone_say_what_is_missing() -> None:
     with pytest.raises(ValueError, match="affinity needs each token's choices, or pairs of layers"):
         Affinity()(LoadTrace(load_WLE=np.ones((1, 2, 4))), Topology.even(ranks=2, slots=2, ranks_per_node=2))

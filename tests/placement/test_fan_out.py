@@ -43,7 +43,7 @@ def test_the_score_of_a_swap_is_the_change_of_worth(seed: int, node_worth: float
     rank_LE = np.stack([random.permutation(np.repeat(np.arange(8), 2)) for _ in range(3)])
     layer = np.array([1])
     gain = problem.chain.gain(rank_LE[None], layer)[0]
-    score_EE = problem._scores(rank_LE[layer], gain, layer, np.zeros((1, 1, 8)))[0]
+    score_EE = problem._scores(rank_LE[layer], gain, layer, np.zeros((1, 1, 8)), np.arange(16)[None])[0]
     for one, other in random.integers(16, size=(12, 2)).tolist():
         swapped = rank_LE.copy()
         swapped[1, [one, other]] = swapped[1, [other, one]]
