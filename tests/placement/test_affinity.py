@@ -17,6 +17,7 @@ from placement.chain import Chain, all_groupings
 from placement.hops import local_bound_L
 from placement.ilp import Ilp
 from placement.metrics import local_L, local_share, peak_over_mean, peak_over_mean_L, rank_load_WLR
+from placement.robust import Robust, scenario_peaks
 from tests.placement.contracts import assert_keeps_the_planner_contract
 from tests.placement.strategies import choices, topologies
 
@@ -124,6 +125,21 @@ def test_spare_slots_keep_a_cap_that_single_copies_cannot() -> None:
     assert peak_over_mean_L(plan, trace.load_LE, topology).max() <= 1.02 + 1e-9
 
 
+@given(st.integers(0, 999), st.integers(1, 3))
+@settings(max_examples=10, deadline=None)
+def test_spare_slots_keep_a_cap_in_every_scenario_that_balancing_alone_would_keep(seed: int, windows: int) -> None:
+    trace = choices(seed, tokens=90, layers=3, experts=8, top_k=1, follows=0.3).windowed(90 // windows)
+    topology = Topology.even(ranks=4, slots=4, ranks_per_node=2)
+    load_LKE = Robust(most_scenarios=windows).loads(trace, topology)
+    alone = Robust(tail=0.0).pack(load_LKE, topology) if windows > 1 else Packed().pack(load_LKE[:, 0], topology)
+    balance_cap = float(scenario_peaks(alone, load_LKE, topology).max()) * (1 + 1e-6)
+    planner = Affinity(balance_cap=balance_cap, most_scenarios=windows, restarts=2, rounds=0)
+    plan = assert_keeps_the_planner_contract(planner, trace, topology)
+    assert plan.provenance["cap"] == "kept"
+    peak_WL = peak_over_mean(rank_load_WLR(plan, trace.load_WLE), topology.speed_R)
+    assert peak_WL.max() <= balance_cap * (1 + 2e-6)
+
+
 def test_a_cap_that_was_not_reached_is_said_with_its_layers() -> None:
     trace = choices(0, tokens=600, layers=3, experts=16, top_k=1, follows=0.3)
     topology = Topology.even(ranks=4, slots=4, ranks_per_node=4)
@@ -170,7 +186,6 @@ def test_a_sweep_never_loses_mass_and_fills_no_rank_beyond_its_room(seed: int) -
         assert all((np.bincount(rank_E, minlength=3) <= (3, 2, 2)).all() for rank_E in rank_LE)
 
 
-@pytest.mark.fast
 @given(st.integers(0, 999), st.sampled_from([1.05, 1.3, math.inf]), st.sampled_from([0.0, 0.0, 1.0]), st.integers(1, 2))
 @settings(max_examples=100, deadline=None)
 def test_swaps_stop_only_where_none_is_left_that_helps(seed: int, cap: float, fan_out: float, scenarios: int) -> None:
