@@ -184,7 +184,9 @@ def hops(data: Path) -> None:
         }
         if trace.windows > 1:
             planners["cap 1.05 in each task"] = Affinity(balance_cap=1.05, most_scenarios=trace.windows)
-        body = [(what, *hop_scores(planner, trace)) for what, planner in planners.items()]
+        body = [(what, *hop_scores(planner, trace, 8)) for what, planner in planners.items()]
+        for what, fan in (("cap 1.05, told of the nodes", 0.0), ("the same, and fan-out", 1.0)):
+            body.append((what, *hop_scores(Affinity(balance_cap=1.05, fan_out=fan), trace, 4)))
         head = (
             "",
             "hops that stay",
@@ -198,10 +200,10 @@ def hops(data: Path) -> None:
         rows(f"{name}: hops on 8 ranks", head, body)
 
 
-def hop_scores(planner: Planner, trace: LoadTrace) -> tuple[Any, ...]:
+def hop_scores(planner: Planner, trace: LoadTrace, ranks_per_node: int) -> tuple[Any, ...]:
     assert trace.follow_LEE is not None
     assert trace.expert_TLK is not None
-    topology = Topology.even(ranks=8, slots=trace.num_experts // 8, ranks_per_node=8)
+    topology = Topology.even(ranks=8, slots=trace.num_experts // 8, ranks_per_node=ranks_per_node)
     plan, seconds = timed(lambda: planner(trace, topology))
     bound = plan.provenance.get("local_bound", "-")
     worst = float(peak_over_mean_L(plan, trace.load_LE, topology).max())
