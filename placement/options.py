@@ -70,7 +70,9 @@ def topology(nodes: int, ranks_per_node: int, slots: str, speed: str, num_expert
     if any(not 0 <= value <= MOST_EXPERTS for value in each):
         raise ValueError(f"--slots must be from 0 to {MOST_EXPERTS}; got {slots}")
     if len(each) == 1 and each[0] >= num_experts:
-        return replace(Topology.sharing(slots=each[0], ranks=ranks, ranks_per_node=ranks_per_node), speed_R=speed_R)
+        spare = each[0] - num_experts
+        fitted = Topology.fitting(num_experts=num_experts, ranks=ranks, ranks_per_node=ranks_per_node, spare=spare)
+        return replace(fitted, speed_R=speed_R)
     if len(each) == 1:
         each *= ranks
     if len(each) != ranks:
@@ -79,7 +81,7 @@ def topology(nodes: int, ranks_per_node: int, slots: str, speed: str, num_expert
 
 
 def remembered(machine: Topology, memory_gb: str, expert_mb: float) -> Topology:
-    """No more slots on a rank than its memory holds."""
+    """The same machine with the memory that its ranks were said to have."""
     if not memory_gb:
         if expert_mb:
             raise ValueError("--expert-mb needs --memory-gb, the memory of each rank")
@@ -88,8 +90,8 @@ def remembered(machine: Topology, memory_gb: str, expert_mb: float) -> Topology:
         raise ValueError("--memory-gb needs --expert-mb, the size of an expert")
     listed = numbers(memory_gb, "--memory-gb")
     memory = listed * machine.ranks if len(listed) == 1 else listed
-    limited = replace(machine, memory_R=tuple(int(gigabytes * 1e9) for gigabytes in memory))
-    return limited.holding(expert_bytes=round(expert_mb * 1e6))
+    memory_R = tuple(int(gigabytes * 1e9) for gigabytes in memory)
+    return replace(machine, memory_R=memory_R, expert_bytes=round(expert_mb * 1e6))
 
 
 def numbers(text: str, option: str, count: int = 0) -> list[float]:
