@@ -79,6 +79,15 @@ def test_padding_does_not_move_the_optimum() -> None:
 
 
 @pytest.mark.fast
+def test_of_constant_scores_any_balanced_choice_is_the_optimum() -> None:
+    for constant in (0.0, 0.25, -3.0):
+        score_TE = torch.full((96, 12), constant, dtype=torch.float64)
+        price_E, kept = optimize(score_TE, torch.zeros(12), 3, 12)
+        assert kept == pytest.approx(constant * 96 * 3, abs=1e-9)
+        assert dual_value(score_TE, price_E, 3) == pytest.approx(constant * 96 * 3, abs=1e-9)
+
+
+@pytest.mark.fast
 def test_the_edge_rule_rests_where_polish_goes_on() -> None:
     edge_E = quoted(EdgeQuantile(rounds=50), STALL, 1)
     assert dual_value(STALL, edge_E, 1) == pytest.approx(4.92, abs=1e-9)
