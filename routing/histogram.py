@@ -62,7 +62,7 @@ class Histogram:
         neighbouring values.
         """
         edge_B = self.edges(count_EB.device)
-        above_EB = count_EB.flip(1).cumsum(1).flip(1)
+        above_EB = count_EB.long().flip(1).cumsum(1).flip(1)  # of floats, a GPU's is not deterministic
         above_EB = torch.cat([above_EB, torch.zeros_like(above_EB[:, :1])], dim=1)
         first_E = (above_EB > rank).sum(dim=1, keepdim=True).clamp(1, self.bins)
         last_E = (above_EB >= rank).sum(dim=1, keepdim=True).clamp(1, self.bins)
