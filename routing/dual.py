@@ -53,8 +53,8 @@ def token_lower(priced_TE: Tensor, top_k: int) -> Tensor:
 def expert_ends(margin_ET: Tensor, top_k: int, valid_T: Tensor | None = None) -> Ends:
     """The best prices of each expert, given score less the token's price. -> lower_E, upper_E
 
-    top_k < E. Without tokens the prices are -inf. margin_ET should lie in memory as it is named: to look
-    through a column takes several times as long.
+    top_k < E. Without tokens the prices are -inf. margin_ET should lie in memory as it is named: to look through a
+    column takes several times as long.
     """
     num_experts, num_tokens = margin_ET.shape
     if valid_T is not None:
@@ -77,8 +77,7 @@ def expert_lower(margin_ET: Tensor, top_k: int, valid_T: Tensor | None = None) -
 
 
 def _best(margin_ET: Tensor, top_k: int) -> Tensor:
-    """The floor(C) + 1 largest of each expert, in no order: sorting them, let alone all, would take several times as
-    long."""
+    """The floor(C) + 1 largest of each expert, in no order: to sort all of them takes several times as long."""
     num_experts, num_tokens = margin_ET.shape
     return margin_ET.topk(num_tokens * top_k // num_experts + 1, dim=1, sorted=False).values
 
@@ -150,8 +149,8 @@ def kept_score(choice: Choice) -> Tensor:
 class Change(NamedTuple):
     """What a step of the prices does to D, in two parts whose sum it is.
 
-    linear: sum of step * (C - load): what it would do if no token changed its mind. negative for a step towards
-    balance. switching: what tokens gain by changing it, never negative. D falls while it is the smaller of the two.
+    linear: sum of step * (C - load): what it would do if no token changed its mind. Negative for a step towards
+    balance. switching: what tokens gain by changing it, never negative. D falls while the gain is smaller than that.
     """
 
     linear: Tensor

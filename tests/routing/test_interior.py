@@ -36,9 +36,9 @@ def gaps(balancers: list[Quantile], seeds: range) -> Tensor:
 
 
 def test_polished_prices_are_exact_on_two_hundred_instances() -> None:
-    """Measured: 96 % within 1e-6 after 12 steps, all within 2e-7 after 16. Middles alone: 30 %, edges alone 3 %."""
+    """Measured: 96 % within 1e-6 after 12 steps, all within 2e-7 after 16. Middles alone: 27 %, edges alone: 8 %."""
     polished, sooner, middle, edge = gaps(
-        [Quantile(rounds=4, polish=16), Quantile(rounds=4, polish=12), Quantile(rounds=100), EdgeQuantile(rounds=100)],
+        [Quantile(rounds=4, polish=16), Quantile(rounds=4, polish=12), Quantile(rounds=30), EdgeQuantile(rounds=30)],
         range(200),
     )
     assert min(each.min() for each in (polished, sooner, middle, edge)) > -1e-12
