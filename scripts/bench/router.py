@@ -64,16 +64,17 @@ def measure(config: MoEConfig, num_tokens: int, count: int, dtype: torch.dtype) 
     layer = MoE(config, dtype=dtype)
     routers = {name: built(config, balancer, dtype) for name, balancer in BALANCERS.items()}
     score_TE = routers["no prices"](x_TD).score_TE
+    top_k = routers["no prices"].top_k
     candidates = {
         "layer": timed(lambda: layer(x_TD)),
-        "softmax, top-k": timed(lambda: softmax_top_k(score_TE, config.top_k)),
+        "softmax, top-k": timed(lambda: softmax_top_k(score_TE, top_k)),
     }
     for name, router in routers.items():
-        candidates[name] = timed(partial(router, x_TD))
+        candidates[name] = timed(partial(route, router, x_TD))
     for name, balancer in BALANCERS.items():
         if isinstance(balancer, Bip) or (isinstance(balancer, Quantile) and balancer.rounds and not balancer.polish):
-            candidates[f"{name}: quote"] = timed(quote(balancer, score_TE, config.top_k))
-            candidates[f"{name}: sorted"] = timed(sorted_quote(balancer, score_TE, config.top_k))
+            candidates[f"{name}: quote"] = timed(quote(balancer, score_TE, top_k))
+            candidates[f"{name}: sorted"] = timed(sorted_quote(balancer, score_TE, top_k))
     seconds = rounds(candidates, count)
     rows = []
     for name in BALANCERS:
@@ -103,6 +104,10 @@ def built(config: MoEConfig, balancer: Balancer, dtype: torch.dtype) -> Router:
     router.weight.copy_(torch.randn(router.weight.shape, generator=generator) * config.dim**-0.5)
     router.price_E.copy_(torch.randn(config.num_experts, generator=generator) * 0.01)
     return router
+
+
+def route(router: Router, x_TD: Tensor) -> None:
+    router.observe(router(x_TD))
 
 
 def timed(once: Callable[[], object]) -> Callable[[], float]:
