@@ -89,13 +89,13 @@ def test_rows_are_k_distinct_experts_for_each_token_in_token_order(selection: tu
 def test_a_group_is_worth_its_best_expert_or_its_two_best_together() -> None:
     """Group 0 has the best expert, group 1 the best pair, group 2 the best sum of all."""
     priced_TE = torch.tensor([[9.0, 0.0, 0.0, 8.0, 7.0, -9.0, 6.0, 6.0, 6.0]])
-    assert TopK(groups=3, keep=1, worth="max")(priced_TE, 1).expert_N.tolist() == [0]
-    assert TopK(groups=3, keep=1, worth="top2sum")(priced_TE, 1).expert_N.tolist() == [3]
+    assert TopK(groups=3, keep=1, worth="max")(priced_TE, 1, TOKENS).expert_N.tolist() == [0]
+    assert TopK(groups=3, keep=1, worth="top2sum")(priced_TE, 1, TOKENS).expert_N.tolist() == [3]
 
 
 def test_a_group_of_one_expert_is_worth_that_expert_even_as_a_pair() -> None:
     priced_TE = torch.tensor([[-3.0, -1.0, -2.0]])
-    assert TopK(groups=3, keep=2, worth="top2sum")(priced_TE, 2).expert_N.tolist() == [1, 2]
+    assert TopK(groups=3, keep=2, worth="top2sum")(priced_TE, 2, TOKENS).expert_N.tolist() == [1, 2]
 
 
 @LAW
