@@ -10,13 +10,13 @@ from routing.least_loaded import BreakEven, LeastLoaded, Worth
 from routing.losses import GlobalLoss, GShardLoss, Loss, SequenceLoss, SwitchLoss, ZLoss
 from routing.router import Router, check_routing
 from routing.schedule import Sparsify
-from routing.scores import Score, Sigmoid, Softmax, at_least_fp32
+from routing.scores import Cosine, Score, Sigmoid, Softmax, SqrtSoftplus, at_least_fp32
 from routing.select import Rows, Select, Tokens, TopK
 from routing.weigh import Weigh
 
 __all__ = [
-    "NOWHERE", "Assigner", "Assignment", "AtHome", "Balancer", "BreakEven", "Choice", "Drop", "Dropless",
+    "NOWHERE", "Assigner", "Assignment", "AtHome", "Balancer", "BreakEven", "Choice", "Cosine", "Drop", "Dropless",
     "ForcedRouter", "GShardLoss", "GlobalLoss", "LeastLoaded", "Loan", "Loss", "Router", "Rows", "Score", "Select",
-    "SequenceLoss", "Sigmoid", "Softmax", "Sparsify", "SwitchLoss", "Tokens", "TopK", "Unpriced", "Weigh", "Worth",
-    "ZLoss", "at_least_fp32", "check_routing", "forced_experts",
+    "SequenceLoss", "Sigmoid", "Softmax", "Sparsify", "SqrtSoftplus", "SwitchLoss", "Tokens", "TopK", "Unpriced",
+    "Weigh", "Worth", "ZLoss", "at_least_fp32", "check_routing", "forced_experts",
 ]  # fmt: skip
