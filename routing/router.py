@@ -13,7 +13,7 @@ from routing.capacity import Drop, Dropless
 from routing.choice import NOWHERE, Choice
 from routing.schedule import Sparsify
 from routing.scores import Score, Softmax, at_least_fp32
-from routing.select import Rows, Select, Tokens, TopK
+from routing.select import Rows, Select, Tokens, TopK, check_tokens
 from routing.weigh import Weigh
 
 _STAT = "stat_"
@@ -101,6 +101,7 @@ class Router(nn.Module):
         """valid_T: False for padding, which goes nowhere. rows: choose these again instead of deciding anew. length,
         ratio_B: of sequences, as in Tokens; without a length the tokens are one sequence."""
         tokens = Tokens(valid_T, x_TD.shape[0] if length is None else length, ratio_B)
+        check_tokens(tokens, x_TD.shape[0])
         if valid_T is not None:  # whatever padding holds, NaN included, must not reach a gradient
             x_TD = x_TD.where(valid_T[:, None], 0.0)
         if self.training and self.jitter:
