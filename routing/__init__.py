@@ -3,7 +3,7 @@
 from routing.assigner import Assigner, AtHome
 from routing.assignment import Assignment, Loan
 from routing.balancer import Balancer, Unpriced
-from routing.capacity import Drop, Dropless
+from routing.capacity import Capacity, Drop, Dropless
 from routing.choice import NOWHERE, Choice
 from routing.expert_choice import ExpertChoice
 from routing.forced import ForcedRouter, forced_experts
@@ -18,9 +18,9 @@ from routing.threshold import Threshold
 from routing.weigh import Weigh
 
 __all__ = [
-    "NOWHERE", "Assigner", "Assignment", "AtHome", "Balancer", "BreakEven", "Choice", "Constant", "Cosine", "Drop",
-    "Dropless", "ExpertChoice", "ForcedRouter", "GShardLoss", "GlobalLoss", "LeastLoaded", "Loan", "Loss",
-    "MaskRatio", "Router", "Rows", "Score", "Select", "SequenceLoss", "Share", "Sigmoid", "Softmax", "Sparsify",
-    "SqrtSoftplus", "SwitchLoss", "Threshold", "Tokens", "TopK", "Unpriced", "Weigh", "Worth", "ZLoss",
+    "NOWHERE", "Assigner", "Assignment", "AtHome", "Balancer", "BreakEven", "Capacity", "Choice", "Constant",
+    "Cosine", "Drop", "Dropless", "ExpertChoice", "ForcedRouter", "GShardLoss", "GlobalLoss", "LeastLoaded", "Loan",
+    "Loss", "MaskRatio", "Router", "Rows", "Score", "Select", "SequenceLoss", "Share", "Sigmoid", "Softmax",
+    "Sparsify", "SqrtSoftplus", "SwitchLoss", "Threshold", "Tokens", "TopK", "Unpriced", "Weigh", "Worth", "ZLoss",
     "at_least_fp32", "check_routing", "forced_experts",
 ]  # fmt: skip

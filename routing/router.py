@@ -145,7 +145,7 @@ class Router(nn.Module):
         rows = self.select_rows(score_TE - quoted_E, tokens)
         if tokens.valid_T is not None:
             rows = rows._replace(expert_N=rows.expert_N.where(tokens.valid_T[rows.token_N], NOWHERE))
-        return self.drop(rows, score_TE, luck_TE), quoted_E
+        return self.drop(rows, score_TE, luck_TE, self.top_k, tokens), quoted_E
 
     def select_rows(self, priced_TE: Tensor, tokens: Tokens) -> Rows:
         return self.select(priced_TE, self.top_k, tokens)
