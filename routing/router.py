@@ -168,6 +168,10 @@ class Router(nn.Module):
         self.settled += 1
         self._step_seen = (self.settled, self.settled._version, step + 1)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy reads its own buffer: its version says nothing of when this one's was read."""
+        return {**self.__dict__, "_step_seen": None}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the buffers with the module, but never change their types: a bf16 price stops moving at 0.5."""
         before = dict(self._buffers)
