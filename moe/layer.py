@@ -158,9 +158,12 @@ class MoE(nn.Module):
         choice = None
         if problem is None:
             batch = Batch.of(x, valid, ratio)
-            choice = self._route(batch)
+            try:
+                choice = self._route(batch)
+            except ValueError as refusal:  # of a selector that wants to know more
+                problem = str(refusal)
         with _disable_current_modes():  # selective checkpointing must not save what a replay will not run again
-            table = gather_counts(header(choice, x.requires_grad, self.router.weight), self.peers)
+            table = gather_counts(header(choice, ratio, x.requires_grad, self.router.weight), self.peers)
             raise_alike(table[:, self.config.num_experts :], problem, self.peers.rank)
             assert choice is not None
             assignment = self.config.assigner(table[:, : self.config.num_experts].copy(), self.placement)

@@ -14,7 +14,7 @@ from routing.choice import NOWHERE, Choice
 from routing.metrics import mean_score
 from routing.schedule import Sparsify
 from routing.scores import Score, Softmax, at_least_fp32
-from routing.select import Rows, Select, Tokens, TopK
+from routing.select import Rows, Select, Tokens, TopK, check_tokens
 from routing.weigh import Weigh
 
 _STAT = "stat_"
@@ -101,6 +101,7 @@ class Router(nn.Module):
         """valid_T: False for padding, which goes nowhere. rows: choose these again instead of deciding anew. length,
         ratio_B: of sequences, as in Tokens; without a length the tokens are one sequence."""
         tokens = Tokens(valid_T, x_TD.shape[0] if length is None else length, ratio_B)
+        check_tokens(tokens, x_TD.shape[0])
         if valid_T is not None:  # whatever padding holds, NaN included, must not reach a gradient
             x_TD = x_TD.where(valid_T[:, None], 0.0)
         if self.training and self.jitter:
@@ -144,7 +145,7 @@ class Router(nn.Module):
         rows = self.select_rows(score_TE - quoted_E, tokens)
         if tokens.valid_T is not None:
             rows = rows._replace(expert_N=rows.expert_N.where(tokens.valid_T[rows.token_N], NOWHERE))
-        return self.drop(rows, score_TE, luck_TE), quoted_E
+        return self.drop(rows, score_TE, luck_TE, self.top_k, tokens), quoted_E
 
     def select_rows(self, priced_TE: Tensor, tokens: Tokens) -> Rows:
         return self.select(priced_TE, self.top_k, tokens)
@@ -167,6 +168,10 @@ class Router(nn.Module):
             stat.zero_()
         self.settled += 1
         self._step_seen = (self.settled, self.settled._version, step + 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy reads its own buffer: its version says nothing of when this one's was read."""
+        return {**self.__dict__, "_step_seen": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the buffers with the module, but never change their types: a bf16 price stops moving at 0.5."""
