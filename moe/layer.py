@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from moe.batch import Batch, header, problem_of, raise_alike
+from moe.broadcast import keep_from_broadcast
 from moe.census import Pool
 from moe.comm import Group, Peers, gather_counts, lend, tie, visitors
 from moe.config import MoEConfig
@@ -185,8 +186,9 @@ class MoE(nn.Module):
     def _observe(self, choice: Choice, assignment: Assignment) -> tuple[Tensor | None, Slip | None]:
         """Tell whoever wants to know of a choice: in training the router's statistics and the losses, always those who
         asked. A census only counts. -> what the losses need"""
+        keep_from_broadcast()
         pool_E, slip = None, None
-        if self.training and (self.levies.pooled or self.pool.counting):
+        if self.pool.counting or (self.training and self.levies.pooled):
             group_E = upload([assignment.count_RE.sum(axis=0)], choice.expert_N.device)[0]
             pool_E = self.pool.take(choice.load_E, group_E)
         if self.pool.counting:

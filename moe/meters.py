@@ -21,8 +21,9 @@ class Meters:
             settle_prices(model)
             meters.read(step)
 
-    The loads are those of all ranks and micro-batches, so every rank reads the same; give sinks to one of them. The
-    host waits for the device in steps that are told, and in no other. `tally` has the mean and the worst of all steps.
+    The loads are those of all ranks and micro-batches, so every rank reads the same; give sinks to one of them. Only
+    loss_share is of the last loss that this rank charged. The host waits for the device in steps that are told, and in
+    no other. `tally` has the mean and the worst of all steps.
     """
 
     def __init__(self, model: nn.Module, sinks: Sequence[Sink] = (), *, every: int = 1) -> None:
@@ -54,7 +55,7 @@ class Meters:
         return told
 
     def _balance(self, layer: MoE, share_RE: Tensor) -> Balance:
-        closed, slip = layer.router.closed, layer.levies.last
+        closed = layer.router.closed
         return Balance.of(
             closed["kept_E"],
             layer.router.price_E,
@@ -62,5 +63,5 @@ class Meters:
             mean_score_E=closed["score_E"] / closed["score_E"].sum().clamp(min=1e-20),
             wanted_E=closed["load_E"],
             share_RE=share_RE,
-            loss_share=None if slip is None else slip.share,
+            loss_share=layer.levies.share,
         )
