@@ -173,10 +173,6 @@ class Router(nn.Module):
         """For copies, whose buffers count their versions anew."""
         return self.__dict__ | {"_step_seen": None}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy reads its own buffer: its version says nothing of when this one's was read."""
-        return {**self.__dict__, "_step_seen": None}
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the buffers with the module, but never change their types: a bf16 price stops moving at 0.5."""
         before = dict(self._buffers)
