@@ -4,6 +4,11 @@ model = AutoModelForCausalLM.from_pretrained(...)
 parallelize_experts(model, group, assigner=LeastLoaded(headroom=1.05))
 """
 
+from moe.integrations.huggingface.checkpoint import Tally, load_pretrained, save_pretrained
 from moe.integrations.huggingface.layer import HostMoE, find_blocks, parallelize_experts
+from moe.integrations.huggingface.registered import register_experts_implementation
 
-__all__ = ["HostMoE", "find_blocks", "parallelize_experts"]
+__all__ = [
+    "HostMoE", "Tally", "find_blocks", "load_pretrained", "parallelize_experts", "register_experts_implementation",
+    "save_pretrained",
+]  # fmt: skip

@@ -56,20 +56,23 @@ class HostRouter(Router):
         price_E = self.price_E
         if rows is None:
             rows, price_E = self.choose(score_TE, Tokens(valid_T, len(x_TD) if length is None else length), None)
-        finite_TE = score_TE.where(score_TE != -torch.inf, 0.0)
         return Choice(
             token_N=rows.token_N,
             expert_N=rows.expert_N,
             wanted_N=rows.expert_N,
             weight_N=score_TE[rows.token_N, rows.expert_N],
-            score_TE=finite_TE,
-            logit_TE=finite_TE,
+            score_TE=score_TE,
+            logit_TE=score_TE.where(score_TE != -torch.inf, 0.0),
             price_E=price_E,
             valid_T=valid_T,
             length=len(x_TD) if length is None else length,
             top_k=rows.top_k,
             k=self.top_k,
         )
+
+    def observe(self, choice: Choice) -> None:
+        """What is ruled out scores nothing in the statistics."""
+        super().observe(replace(choice, score_TE=choice.logit_TE))
 
     def select_rows(self, priced_TE: Tensor, tokens: Tokens) -> Rows:
         """Without a balancer, what the host's own call answered: to the last tie."""
@@ -109,7 +112,7 @@ class HostRouter(Router):
                     f"{self.top_k} over {num_experts} experts; use balancer=None"
                 )
             unknown_TE = weight_TK.new_zeros(1, 1, dtype=torch.float32).expand(len(expert_TK), num_experts)
-            heard = self(unknown_TE, rows=rows)
+            heard = self.forward(unknown_TE, rows=rows)  # no call: there is nothing that hooks could replay
         weight_N = weight_TK.reshape(-1)
         return replace(
             heard,

@@ -24,7 +24,7 @@ from moe import (
     settle_prices,
 )
 from moe.comm import Peers, sum_over, world_group
-from moe.integrations.huggingface import HostMoE, parallelize_experts
+from moe.integrations.huggingface import HostMoE, parallelize_experts, register_experts_implementation
 from placement import Placement, Plan
 from routing import AtHome, LeastLoaded, LossFree
 from tests.moe.integrations.tiny import FAMILIES, checkpointed, host_name, layers_of, make, prompt
@@ -274,6 +274,23 @@ def test_a_copy_of_a_model_is_a_model_of_its_own() -> None:
         assert torch.equal(twin(x).logits, model(x).logits)
         layers_of(twin)[0].experts.down_proj.zero_()
         assert not torch.equal(twin(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_compute_is_an_experts_implementation_of_the_host(family: str) -> None:
+    model = make(family)
+    x = prompt(0)
+    want = model(x, labels=x)
+    want.loss.backward()
+    grads = {name: weight.grad for name, weight in model.named_parameters()}
+    model.zero_grad()
+    model.set_experts_implementation(register_experts_implementation())
+    got = model(x, labels=x)
+    got.loss.backward()
+    assert relative(got.logits.detach(), want.logits.detach()) < 1e-9
+    for name, weight in model.named_parameters():
+        if grads[name] is not None:
+            assert relative(weight.grad, grads[name]) < 1e-9, name
 
 
 class TestUnsupported:
