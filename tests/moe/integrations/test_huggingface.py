@@ -143,6 +143,9 @@ def test_a_recomputation_repeats_the_choice_and_weighs_it_anew(family: str, use_
     scores = second.score_TE.gather(1, second.expert_TK)
     fresh = second.score_TE.topk(2, dim=-1).values
     assert not torch.equal(scores, fresh), "the noise would have changed the choice"
+    if family != "deepseek_v3":  # which weighs by scores that it does not choose by
+        weight_TK = scores.softmax(dim=-1) if family == "gpt_oss" else scores / scores.sum(dim=-1, keepdim=True)
+        torch.testing.assert_close(second.weight_N.view_as(weight_TK).to(weight_TK.dtype), weight_TK)
 
 
 def write(family: str, together: bool) -> bool:
