@@ -26,7 +26,7 @@ def register_experts_implementation(name: str = NAME) -> str:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError:
         raise ValueError(
-            f"transformers {transformers.__version__} has no registry of experts implementations; use 5.23 or later, "
+            f"transformers {transformers.__version__} has no registry of experts implementations; use 5.22.2 or later, "
             f"or parallelize_experts(model)"
         ) from None
     ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
