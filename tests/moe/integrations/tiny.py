@@ -43,7 +43,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": 6, "head_dim": 8, "rotary_dim": 8},
     "granitemoe": {"num_local_experts": 6},
     "phimoe": {"num_local_experts": 6},
-}
+    "jamba": {
+        "num_experts": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0,
+        "use_mamba_kernels": False, "mamba_d_state": 8,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["moe", "attention", "moe"], "num_hidden_layers": 3, "n_routed_experts": 6, "head_dim": 8,
+        "moe_intermediate_size": 8, "moe_shared_expert_intermediate_size": 8, "n_group": 1, "topk_group": 1,
+        "mamba_num_heads": 2, "mamba_head_dim": 8, "ssm_state_size": 8,
+    },
+}  # fmt: skip
+SUMS_IN_FP32 = {"nemotron_h"}  # over the experts of a token, whatever the model's type
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama4_text": {"num_local_experts": 6, "num_experts_per_tok": 1, "intermediate_size_mlp": 8, "head_dim": 8},
@@ -57,7 +67,7 @@ def make(family: str, dtype: torch.dtype = torch.float64, **more: Any) -> Any:
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     with torch.no_grad():
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-            if parameter.ndim >= 2 or "bias" in name:
+            if parameter.is_floating_point() and (parameter.ndim >= 2 or "bias" in name):
                 parameter.normal_(0, 0.3)
     return model.to(dtype).eval()
 
