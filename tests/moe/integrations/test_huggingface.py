@@ -171,6 +171,35 @@ def test_generate_writes_what_the_model_would_have_written(world: Worlds, ranks:
         assert all(run(world, ranks, write, family, False))
 
 
+def write_until_the_end() -> tuple[bool, int]:
+    reference = make("qwen3_moe")
+    model = parallelize_experts(copy.deepcopy(reference), world_group())
+    x = prompt(dist.get_rank())[:1]
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(x)}
+    end = int(reference.generate(x, **options, min_new_tokens=8)[0, x.shape[1] + 1 + 4 * dist.get_rank()])
+    want = reference.generate(x, **options, eos_token_id=end)
+    got = model.generate(x, **options, eos_token_id=end, synced_gpus=True)
+    return torch.equal(got[:, : want.shape[1]], want), want.shape[1]
+
+
+def test_ranks_whose_texts_end_apart_keep_step(world: Worlds) -> None:
+    equal, lengths = zip(*world(2).run(write_until_the_end))
+    assert all(equal)
+    assert lengths[0] != lengths[1]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_a_compiled_model_is_the_same_model() -> None:
+    """Its experts, and the answer to its router, are left out of the graph."""
+    reference = make("deepseek_v3")
+    model = parallelize_experts(copy.deepcopy(reference))
+    x = prompt(0)
+    got, want = torch.compile(model, backend="eager")(x, labels=x), reference(x, labels=x)
+    got.loss.backward()
+    assert relative(got.logits.detach(), want.logits.detach()) < 1e-9
+    assert layers_of(model)[0].experts.down_proj.grad is not None
+
+
 def in_bf16(family: str) -> tuple[float, float]:
     exact, plain = make(family), make(family).to(torch.bfloat16)
     model = parallelize_experts(copy.deepcopy(plain), world_group(), assigner=LEAST)
