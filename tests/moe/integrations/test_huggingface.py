@@ -295,6 +295,23 @@ def test_a_plan_says_where_experts_live() -> None:
         torch.testing.assert_close(model(x).logits, make("mixtral")(x).logits, rtol=0, atol=1e-9)
 
 
+def test_an_expert_beyond_the_last_is_nowhere_as_for_the_host() -> None:
+    model = make("qwen3_moe")
+    host = model.model.layers[0].mlp.experts
+    x_TD = torch.randn(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expert_TK = torch.tensor([[0, 6], [6, 6], [5, 1], [6, 2], [3, 4]])
+    weight_TK = torch.rand(5, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    want = host(x_TD, expert_TK, weight_TK)
+    layer = layers_of(parallelize_experts(model))[0]
+    heard: list[int] = []
+    layer.observe(lambda choice, assignment: heard.append(int(assignment.count_RE.sum())))
+    got = layer(x_TD, expert_TK, weight_TK)
+    torch.testing.assert_close(got, want)
+    assert heard == [6]
+    (grad,) = torch.autograd.grad(got.sum(), weight_TK)
+    assert (grad[expert_TK == 6] == 0).all()
+
+
 def test_a_patched_model_draws_the_random_numbers_it_would_have_drawn() -> None:
     model = make("mixtral")
     state = torch.get_rng_state()
