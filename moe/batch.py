@@ -45,14 +45,14 @@ def problem_of(x: Tensor, valid: Tensor | None, ratio: Tensor | None, dim: int, 
     return None
 
 
-def header(choice: Choice | None, ratio_B: Tensor | None, grad_wanted: bool, weight: Tensor) -> Tensor:
+def header(choice: Choice | None, ratio_B: Tensor | None, grad_wanted: bool, price_E: Tensor) -> Tensor:
     """What every rank must know: rows for each expert; then tokens with bad logits, no choice made, ratios that are
     none, grad wanted.
 
-    weight: the router's.
+    price_E: the router's.
     """
-    num_experts = weight.shape[0]
-    head_F = torch.zeros(num_experts + 4, dtype=torch.int64, device=weight.device)
+    num_experts = len(price_E)
+    head_F = torch.zeros(num_experts + 4, dtype=torch.int64, device=price_E.device)
     if choice is None:
         head_F[num_experts + 1] = 1
     else:

@@ -155,7 +155,7 @@ class MoE(nn.Module):
     def _decide(self, x: Tensor, valid: Tensor | None, ratio: Tensor | None) -> tuple[Batch, Choice, _Step]:
         """Choose, tell every rank, assign. The counts are gathered even if this rank's input is no good, so that all
         ranks raise the same error instead of waiting for one that has left."""
-        problem = problem_of(x, valid, ratio, self.config.dim, self.experts.up)
+        problem = problem_of(x, valid, ratio, self.config.dim, self.experts.stack().up)
         choice = None
         if problem is None:
             batch = Batch.of(x, valid, ratio)
@@ -164,7 +164,7 @@ class MoE(nn.Module):
             except ValueError as refusal:  # of a selector that wants to know more
                 problem = str(refusal)
         with _disable_current_modes():  # selective checkpointing must not save what a replay will not run again
-            table = gather_counts(header(choice, ratio, x.requires_grad, self.router.weight), self.peers)
+            table = gather_counts(header(choice, ratio, x.requires_grad, self.router.price_E), self.peers)
             raise_alike(table[:, self.config.num_experts :], problem, self.peers.rank)
             assert choice is not None
             assignment = self.config.assigner(table[:, : self.config.num_experts].copy(), self.placement)

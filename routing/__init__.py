@@ -20,10 +20,11 @@ from routing.losses import GlobalLoss, GShardLoss, Loss, SequenceLoss, SwitchLos
 from routing.mask_ratio import Constant, MaskRatio, Share
 from routing.metrics import Balance, max_vio, over_layers, rank_peak, rank_share, readings
 from routing.quantile import EdgeQuantile, Quantile
+from routing.replay import Flips, RouteLog, Routes, flips, record_routes, replay_routes
 from routing.router import Router, check_routing
 from routing.schedule import Sparsify
 from routing.scores import Cosine, Score, Sigmoid, Softmax, SqrtSoftplus, at_least_fp32
-from routing.select import Rows, Select, Tokens, TopK
+from routing.select import Rows, Select, Tokens, TopK, token_major
 from routing.sinkhorn import Sinkhorn
 from routing.sinks import Console, JsonLines, Sink, TensorBoard
 from routing.tally import Tally
@@ -32,10 +33,11 @@ from routing.weigh import Weigh
 
 __all__ = [
     "NOWHERE", "Assigner", "Assignment", "AtHome", "Balance", "Balancer", "Bip", "BreakEven", "Capacity", "Choice",
-    "Console", "Constant", "Cosine", "Cutoff", "Drop", "Dropless", "EdgeQuantile", "ExpertChoice", "ForcedRouter",
-    "GShardLoss", "GlobalLoss", "JsonLines", "LeastLoaded", "Loan", "Loss", "LossFree", "MaskRatio", "Quantile",
-    "Router", "Rows", "Score", "Select", "SequenceLoss", "Share", "Sigmoid", "Sink", "Sinkhorn", "Softmax",
-    "Sparsify", "SqrtSoftplus", "SwitchLoss", "Tally", "TensorBoard", "Threshold", "Tokens", "TopK", "Unpriced",
-    "Weigh", "Worth", "ZLoss", "at_least_fp32", "check_routing", "dual_change", "dual_gap", "dual_value",
-    "forced_experts", "kept_score", "max_vio", "optimize", "over_layers", "rank_peak", "rank_share", "readings",
+    "Console", "Constant", "Cosine", "Cutoff", "Drop", "Dropless", "EdgeQuantile", "ExpertChoice", "Flips",
+    "ForcedRouter", "GShardLoss", "GlobalLoss", "JsonLines", "LeastLoaded", "Loan", "Loss", "LossFree", "MaskRatio",
+    "Quantile", "RouteLog", "Router", "Routes", "Rows", "Score", "Select", "SequenceLoss", "Share", "Sigmoid", "Sink",
+    "Sinkhorn", "Softmax", "Sparsify", "SqrtSoftplus", "SwitchLoss", "Tally", "TensorBoard", "Threshold", "Tokens",
+    "TopK", "Unpriced", "Weigh", "Worth", "ZLoss", "at_least_fp32", "check_routing", "dual_change", "dual_gap",
+    "dual_value", "flips", "forced_experts", "kept_score", "max_vio", "optimize", "over_layers", "rank_peak",
+    "rank_share", "readings", "record_routes", "replay_routes", "token_major",
 ]  # fmt: skip
