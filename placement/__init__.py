@@ -17,6 +17,7 @@ from placement.rename import as_given, rename, rename_nodes, rename_ranks
 from placement.robust import Robust
 from placement.simulate import ExpertShape, GemmCurve, Simulation, simulate
 from placement.size import Size, size
+from placement.tolerant import Tolerant
 from placement.topology import INFINIBAND, NVLINK, Link, Topology
 from placement.trace import LoadTrace
 
@@ -45,6 +46,7 @@ __all__ = [
     "Simulation",
     "Size",
     "StrictGroups",
+    "Tolerant",
     "Topology",
     "Verdict",
     "Wave",
