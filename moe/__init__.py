@@ -1,5 +1,6 @@
 """Make it so: the layer, the collectives under it, and the proofs that it is exact."""
 
+from moe import checkpoint
 from moe.census import census
 from moe.clip import clip_grad_norm, grad_norm
 from moe.comm import EVERYONE, World, WorldError, nodes_of
@@ -15,7 +16,8 @@ from moe.record import Recorder
 from moe.reference import reference
 
 __all__ = [
-    "EVERYONE", "GELU", "Experts", "Fastest", "Grouped", "Loop", "Meters", "MoE", "MoEConfig", "ReLU2", "Recorder",
-    "SwiGLU", "World", "WorldError", "assert_ep_parity", "average_expert_grads", "census", "charge", "clip_grad_norm",
-    "expert_parameters", "grad_norm", "leave_experts_alone", "nodes_of", "reference", "settle_after", "settle_prices",
+    "EVERYONE", "GELU", "Experts", "Fastest", "Grouped", "Loop", "Meters", "MoE", "MoEConfig", "ReLU2",
+    "Recorder", "SwiGLU", "World", "WorldError", "assert_ep_parity", "average_expert_grads", "census", "charge",
+    "checkpoint", "clip_grad_norm", "expert_parameters", "grad_norm", "leave_experts_alone", "nodes_of",
+    "reference", "settle_after", "settle_prices",
 ]  # fmt: skip
