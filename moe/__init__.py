@@ -10,14 +10,16 @@ from moe.experts import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
 from moe.layer import MoE
 from moe.levy import charge
 from moe.meters import Meters
+from moe.moving import Moved, move_experts, plan_of
 from moe.parity import assert_ep_parity
 from moe.prices import settle_after, settle_prices
 from moe.record import Recorder
 from moe.reference import reference
+from moe.shards import export_safetensors, import_safetensors
 
 __all__ = [
-    "EVERYONE", "GELU", "Experts", "Fastest", "Grouped", "Loop", "Meters", "MoE", "MoEConfig", "ReLU2",
+    "EVERYONE", "GELU", "Experts", "Fastest", "Grouped", "Loop", "Meters", "MoE", "MoEConfig", "Moved", "ReLU2",
     "Recorder", "SwiGLU", "World", "WorldError", "assert_ep_parity", "average_expert_grads", "census", "charge",
-    "checkpoint", "clip_grad_norm", "expert_parameters", "grad_norm", "leave_experts_alone", "nodes_of",
-    "reference", "settle_after", "settle_prices",
+    "checkpoint", "clip_grad_norm", "expert_parameters", "export_safetensors", "grad_norm", "import_safetensors",
+    "leave_experts_alone", "move_experts", "nodes_of", "plan_of", "reference", "settle_after", "settle_prices",
 ]  # fmt: skip

@@ -30,7 +30,7 @@ class Net(nn.Module):
     def __init__(self, config: MoEConfig = CONFIG, placement: Placement | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.middle = MoE(config, world_group(), placement), nn.Linear(6, 6)
+        self.first, self.middle = MoE(config, world_group(), placement), nn.Linear(config.dim, config.dim)
         self.last = MoE(config, world_group())
 
     def forward(self, x: Tensor) -> Tensor:
