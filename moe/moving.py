@@ -16,12 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moe.belongings import Belongings, layers_of
-from moe.comm import EVERYONE, WORD, Everyone, Group, Peers, gather_objects, ship
+from moe.comm import EVERYONE, WORD, Everyone, Group, Peers, gather_counts, gather_objects, ship
 from moe.layer import MoE
 from placement import Migration, Plan, Wave, as_given, migrate
 
@@ -127,7 +128,7 @@ def _agree(problem: str, terms: Mapping[str, Any], peers: Peers) -> None:
 
 
 def _carry_out(wave: Wave, layer: MoE, optimizer: Optimizer | None, expert_bytes: int) -> None:
-    """One wave of one layer. Everything that can fail comes before the first change."""
+    """One wave of one layer. All that can fail comes first; nobody changes anything before all ranks are that far."""
     rank, size = layer.peers.rank, layer.peers.size
     stacked, slot_of = Belongings.of(layer, optimizer).stacked, _slots(layer)
     leaving = sorted((move for move in wave.move_N if move.source == rank), key=lambda m: (m.destination, m.expert))
@@ -137,14 +138,22 @@ def _carry_out(wave: Wave, layer: MoE, optimizer: Optimizer | None, expert_bytes
     row_NB = torch.stack(rows) if rows else layer.experts.up.new_empty(0, width, dtype=torch.uint8)
     send_R = [sum(move.destination == other for move in leaving) for other in range(size)]
     recv_R = [sum(move.source == other for move in coming) for other in range(size)]
-    row_MB, damaged_R = ship(row_NB, send_R, recv_R, layer.peers)
-    if any(damaged_R):
-        raise RuntimeError(
-            f"experts were damaged on their way, {damaged_R} by rank; this wave is void, the waves before it are whole"
-        )
+    row_MB, damaged = ship(row_NB, send_R, recv_R, layer.peers)
     arrived = {move.expert: row_B for move, row_B in zip(coming, row_MB)}
     ids = wave.after.experts_of(rank).tolist()
-    fresh = dict(_restacked(stacked, slot_of, arrived, ids))
+    fresh: dict[str, Tensor] = {}
+    short = torch.zeros_like(damaged)
+    try:
+        fresh = dict(_restacked(stacked, slot_of, arrived, ids))
+    except RuntimeError:  # out of memory, on a GPU a kind of it
+        short += 1
+    found_RX = gather_counts(torch.stack([damaged, short]), layer.peers)
+    if found_RX.any():
+        damaged_N, short_N = (np.flatnonzero(found_R).tolist() for found_R in found_RX.T)
+        raise RuntimeError(
+            f"experts were damaged on their way to ranks {damaged_N}, and ranks {short_N} had no memory for them; this "
+            f"wave is void, all before it are whole"
+        )
     layer.rehome(wave.after, {name: fresh[name] for name, _ in layer.experts.named_parameters()})
     if optimizer is not None:
         for name, weight in layer.experts.named_parameters():

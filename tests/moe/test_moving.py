@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from moe import Loop, Meters, MoE, MoEConfig, World, clip_grad_norm, move_experts, plan_of, settle_prices
+from moe import Loop, Meters, MoE, MoEConfig, World, clip_grad_norm, move_experts, moving, plan_of, settle_prices
 from moe.comm import Peers, checksums, sum_over, world_group
 from moe.comm import move as transport
 from placement import Placement, Plan
@@ -179,29 +179,36 @@ def _refused(fault: str) -> str:
     return str(error.value)
 
 
-def test_an_expert_that_is_damaged_on_its_way_is_refused_by_all(world: Worlds) -> None:
-    messages = world(2).run(_damaged)
+@pytest.mark.parametrize("fault", ["damage", "memory"])
+def test_a_wave_that_fails_on_one_rank_is_void_on_all(world: Worlds, fault: str) -> None:
+    messages = world(2).run(_failed, fault)
     assert len(set(messages)) == 1
-    assert "experts were damaged on their way, [0, 1] by rank" in messages[0]
+    damaged, short = ([1], []) if fault == "damage" else ([], [1])
+    assert f"damaged on their way to ranks {damaged}, and ranks {short} had no memory" in messages[0]
 
 
-def _damaged() -> str:
+def _failed(fault: str) -> str:
     net = Net()
     where, before = plan_of(net), net.first.experts.up.detach().clone()
     honest = transport.exchange
 
     def spoil(row_NB: Tensor, *rest: Any) -> Tensor:
         arrived = honest(row_NB, *rest)
-        if dist.get_rank() == 1 and len(arrived):
+        if fault == "damage" and dist.get_rank() == 1 and len(arrived):
             arrived[0, 5] += 1
         return arrived
 
-    transport.exchange = spoil
+    def exhausted(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory left")
+
+    transport.exchange, restacked = spoil, moving._restacked
+    if fault == "memory" and dist.get_rank() == 1:
+        moving._restacked = exhausted
     try:
         with pytest.raises(RuntimeError) as error:
             move_experts(net, Plan(placement_L=(_all_on(1), where.placement_L[1])))
     finally:
-        transport.exchange = honest
+        transport.exchange, moving._restacked = honest, restacked
     assert plan_of(net) == where
     assert torch.equal(net.first.experts.up, before)
     return str(error.value)
