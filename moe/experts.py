@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -171,6 +171,21 @@ class Experts(nn.Module):
                 bound = (self.up if name.startswith("up") else self.down).shape[2] ** -0.5
                 drawn = torch.rand(weight.shape[1:], generator=generator, device="cpu", dtype=torch.float32)
                 weight[slot].copy_(drawn * (2 * bound) - bound)
+
+    def rehouse(self, expert_ids: Sequence[int], weights: Mapping[str, Tensor]) -> None:
+        """Hold other experts from now on. The parameters stay the objects they are, for whoever refers to them."""
+        for name, weight in self.named_parameters():
+            wanted = (len(expert_ids), *weight.shape[1:])
+            if weights[name].shape != wanted or weights[name].dtype != weight.dtype:
+                raise ValueError(f"{name} of {len(expert_ids)} experts needs {wanted}, {weight.dtype}; got "
+                                 f"{tuple(weights[name].shape)}, {weights[name].dtype}")  # fmt: skip
+        for name, weight in self.named_parameters():
+            # A graph that somebody still holds keeps the weight's gradient node, which knows the old shape; of a weight
+            # that had another type meanwhile, torch makes a new one.
+            weight.data = weight.new_empty(0, dtype=torch.float32 if weight.dtype == torch.float64 else torch.float64)
+            weight.data = weights[name]
+            weight.grad = None
+        self.expert_ids = tuple(expert_ids)
 
     def stack(self) -> Stack:
         return Stack(self.up, self.down, self.up_bias, self.down_bias)

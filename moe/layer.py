@@ -149,6 +149,16 @@ class MoE(nn.Module):
         for target, source in copies:
             target.copy_(source)
 
+    def rehome(self, placement: Placement, weights: Mapping[str, Tensor]) -> None:
+        """Other experts, or another order of them, from the next step on: all of it, or an error and none.
+
+        placement: on the same ranks. weights: the new stack of each parameter. Every rank must call; see move_experts,
+        which brings the weights and takes care of the optimiser.
+        """
+        _placement(self.config, self.peers, placement)
+        self.experts.rehouse(placement.experts_of(self.peers.rank).tolist(), weights)
+        self.placement = placement
+
     def extra_repr(self) -> str:
         return f"rank {self.peers.rank} of {self.peers.size}, {self.config.assigner}"
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.layer import MoE
+from placement import Placement
 from routing import Balance, Sink, Tally, over_layers, rank_share, readings
 
 
@@ -38,7 +39,7 @@ class Meters:
             raise ValueError(f"layers of {sorted(experts)} experts have no common tally; use Meters for each kind")
         first = next(iter(self.layers.values()))
         self.tally = Tally.empty(len(self.layers), experts.pop(), first.router.price_E.device)
-        self._share = [rank_share(layer.placement, layer.router.price_E.device) for layer in self.layers.values()]
+        self._share: dict[str, tuple[Placement, Tensor]] = {}
 
     def read(self, step: int) -> dict[str, dict[str, float]]:
         """After the prices of this step were settled. -> layer -> metric -> number, and their means; {} if not told."""
@@ -47,12 +48,20 @@ class Meters:
         self.tally = self.tally.add(torch.stack([layer.router.closed["load_E"] for layer in self.layers.values()]))
         if step % self.every:
             return {}
-        balances = [self._balance(layer, share_RE) for layer, share_RE in zip(self.layers.values(), self._share)]
+        balances = [self._balance(layer, self._share_RE(name)) for name, layer in self.layers.items()]
         told = readings(dict(zip(self.layers, balances)))
         told |= over_layers(told)
         for sink in self.sinks:
             sink(step, told)
         return told
+
+    def _share_RE(self, name: str) -> Tensor:
+        """Of each expert's load, what each rank computes. Made again when experts have moved."""
+        layer = self.layers[name]
+        known = self._share.get(name)
+        if known is None or known[0] is not layer.placement:
+            known = self._share[name] = (layer.placement, rank_share(layer.placement, layer.router.price_E.device))
+        return known[1]
 
     def _balance(self, layer: MoE, share_RE: Tensor) -> Balance:
         closed = layer.router.closed

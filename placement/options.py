@@ -21,6 +21,7 @@ from placement.plan import Plan
 from placement.rebalance import Rebalance
 from placement.robust import Robust
 from placement.simulate import ExpertShape, GemmCurve
+from placement.tolerant import Tolerant
 from placement.topology import Link, Topology
 from placement.trace import LoadTrace
 
@@ -117,6 +118,7 @@ class Wanted:
     groups: int
     strict_groups: bool
     group_price: float
+    tolerate: int
     tail: float
     fan_out: float
     node_worth: float
@@ -134,7 +136,7 @@ class Wanted:
             return self.planner
         if self.balance_cap < math.inf and trace.follow_LEE is not None:
             return "affinity"
-        return "robust" if trace.windows > 1 and not self.groups else "packed"
+        return "robust" if trace.windows > 1 and not self.groups and not self.tolerate else "packed"
 
     def refuse_ignored(self, name: str) -> None:
         """An option that this planner would pass over in silence."""
@@ -146,11 +148,14 @@ class Wanted:
         for option in ("strict-groups", "group-price"):
             if option in self.given and not self.groups:
                 raise ValueError(f"--{option} needs --groups")
+        if self.groups and self.tolerate:
+            raise ValueError("--groups keeps an expert on one node, --tolerate 1 on two; give one of them")
 
 
 # The planners that listen to an option.
 FOR = {
     "groups": ("packed",),
+    "tolerate": ("packed",),
     "tail": ("robust",),
     "scenarios": ("robust", "affinity"),
     "fan-out": ("affinity",),
@@ -164,10 +169,12 @@ def planner(wanted: Wanted, trace: LoadTrace) -> Planner:
     name, seed = wanted.named(trace), wanted.seed
     wanted.refuse_ignored(name)
     packed = Packed(seed=seed)
-    if wanted.groups and wanted.strict_groups:
-        return StrictGroups(groups=wanted.groups, packed=packed)
+    if wanted.tolerate:
+        return Tolerant(failures=wanted.tolerate, packed=packed)
     if wanted.groups:
-        return PricedGroups(groups=wanted.groups, price=wanted.group_price, packed=packed)
+        strict = StrictGroups(groups=wanted.groups, packed=packed)
+        priced = PricedGroups(groups=wanted.groups, price=wanted.group_price, packed=packed)
+        return strict if wanted.strict_groups else priced
     if name == "robust":
         return Robust(tail=wanted.tail, most_scenarios=wanted.scenarios or Robust.most_scenarios, seed=seed)
     if name == "affinity":
