@@ -16,6 +16,7 @@ from routing.least_loaded import BreakEven, LeastLoaded, Worth
 from routing.loss_free import LossFree
 from routing.losses import GlobalLoss, GShardLoss, Loss, SequenceLoss, SwitchLoss, ZLoss
 from routing.metrics import Balance, max_vio, over_layers, rank_peak, rank_share, readings
+from routing.nearest_copy import NearestCopy
 from routing.quantile import EdgeQuantile, Quantile
 from routing.router import Router, check_routing
 from routing.schedule import Sparsify
@@ -24,13 +25,14 @@ from routing.select import Rows, Select, Tokens, TopK
 from routing.sinkhorn import Sinkhorn
 from routing.sinks import Console, JsonLines, Sink, TensorBoard
 from routing.tally import Tally
+from routing.waterfill import Waterfill
 from routing.weigh import Weigh
 
 __all__ = [
     "NOWHERE", "Assigner", "Assignment", "AtHome", "Balance", "Balancer", "Bip", "BreakEven", "Choice", "Console",
     "Cutoff", "Drop", "Dropless", "EdgeQuantile", "ForcedRouter", "GShardLoss", "GlobalLoss", "JsonLines",
-    "LeastLoaded", "Loan", "Loss", "LossFree", "Quantile", "Router", "Rows", "Score", "Select", "SequenceLoss",
-    "Sigmoid", "Sink", "Sinkhorn", "Softmax", "Sparsify", "SwitchLoss", "Tally", "TensorBoard", "Tokens", "TopK",
-    "Unpriced", "Weigh", "Worth", "ZLoss", "at_least_fp32", "check_routing", "dual_gap", "forced_experts", "max_vio",
-    "over_layers", "rank_peak", "rank_share", "readings",
+    "LeastLoaded", "Loan", "Loss", "LossFree", "NearestCopy", "Quantile", "Router", "Rows", "Score", "Select",
+    "SequenceLoss", "Sigmoid", "Sink", "Sinkhorn", "Softmax", "Sparsify", "SwitchLoss", "Tally", "TensorBoard",
+    "Tokens", "TopK", "Unpriced", "Waterfill", "Weigh", "Worth", "ZLoss", "at_least_fp32", "check_routing", "dual_gap",
+    "forced_experts", "max_vio", "over_layers", "rank_peak", "rank_share", "readings",
 ]  # fmt: skip
