@@ -13,6 +13,7 @@ from routing.cutoff import Cutoff
 from routing.dual import dual_gap
 from routing.forced import ForcedRouter, forced_experts
 from routing.least_loaded import BreakEven, LeastLoaded, Worth
+from routing.least_loaded_on_device import LeastLoadedOnDevice
 from routing.loss_free import LossFree
 from routing.losses import GlobalLoss, GShardLoss, Loss, SequenceLoss, SwitchLoss, ZLoss
 from routing.metrics import Balance, max_vio, over_layers, rank_peak, rank_share, readings
@@ -31,8 +32,8 @@ from routing.weigh import Weigh
 __all__ = [
     "NOWHERE", "Assigner", "Assignment", "AtHome", "Balance", "Balancer", "Bip", "BreakEven", "Choice", "Console",
     "Cutoff", "Drop", "Dropless", "EdgeQuantile", "ForcedRouter", "GShardLoss", "GlobalLoss", "JsonLines",
-    "LeastLoaded", "Loan", "Loss", "LossFree", "NearestCopy", "Quantile", "Router", "Rows", "Score", "Select",
-    "SequenceLoss", "Sigmoid", "Sink", "Sinkhorn", "Softmax", "Sparsify", "SwitchLoss", "Tally", "TensorBoard",
-    "Tokens", "TopK", "Unpriced", "Waterfill", "Weigh", "Worth", "ZLoss", "at_least_fp32", "check_routing", "dual_gap",
-    "forced_experts", "max_vio", "over_layers", "rank_peak", "rank_share", "readings",
+    "LeastLoaded", "LeastLoadedOnDevice", "Loan", "Loss", "LossFree", "NearestCopy", "Quantile", "Router", "Rows",
+    "Score", "Select", "SequenceLoss", "Sigmoid", "Sink", "Sinkhorn", "Softmax", "Sparsify", "SwitchLoss", "Tally",
+    "TensorBoard", "Tokens", "TopK", "Unpriced", "Waterfill", "Weigh", "Worth", "ZLoss", "at_least_fp32",
+    "check_routing", "dual_gap", "forced_experts", "max_vio", "over_layers", "rank_peak", "rank_share", "readings",
 ]  # fmt: skip
