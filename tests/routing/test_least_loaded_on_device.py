@@ -91,6 +91,14 @@ def test_a_visit_brings_half_a_chunk_or_a_whole_expert(task: tuple[Batch, LeastL
         assert brought >= planner.min_chunk // 2 or brought == batch.load_E[loan.expert]
 
 
+def test_what_is_left_of_an_excess_after_whole_experts_stays_if_it_is_below_a_chunk() -> None:
+    """53 rows too many, in experts of 50: one leaves, and 3 rows of the next do not."""
+    batch = Batch(np.array([[50, 50, 13, 0], [0, 0, 0, 7]]), at_homes([0, 0, 0, 1], 2))
+    decided = Assigning(LeastLoadedOnDevice(headroom=1.0, min_chunk=10))(*batch)
+    assert decided.load_R.tolist() == [63, 57]
+    assert len(decided.loans(batch.placement)) == 1
+
+
 @settings(LAW, max_examples=400)
 @given(batches(copies=False), HEADROOMS)
 def test_visits_are_fewer_than_twice_the_host_planners(batch: Batch, headroom: float) -> None:
