@@ -138,10 +138,10 @@ class _Level:
         return False
 
     def _pass_on(self, rank: int) -> None:
-        """Rows go along the shortest chain of copies that ends where there is room; else the peak rises.
+        """Rows go along the shortest chains of copies that end where there is room; without any, the peak rises.
 
         For then the ranks that were reached hold every copy of all that they compute, and are full: no split brings
-        their peak below their mean.
+        their peak below their mean. The search goes on beyond a rank that it has filled, until a chain is used up.
         """
         rows_C, room_R, rank_C = self.rows_C, self.room_R, self.links.rank_C
         came: dict[int, tuple[int, int]] = {rank: (-1, -1)}  # rank -> the copy that gives to one there, and that one
@@ -153,8 +153,7 @@ class _Level:
                         taker = rank_C[other]
                         if taker not in came:
                             came[taker] = copy, other
-                            if room_R[taker] > 0:
-                                self._move(rank, taker, came)
+                            if room_R[taker] > 0 and not self._filled(taker, rank, came):
                                 return
                             queue.append(taker)
         rise = -(sum(room_R[reached] for reached in came) // len(came))
@@ -162,14 +161,18 @@ class _Level:
         for reached in range(len(room_R)):
             room_R[reached] += rise
 
-    def _move(self, rank: int, taker: int, came: dict[int, tuple[int, int]]) -> None:
+    def _filled(self, taker: int, rank: int, came: dict[int, tuple[int, int]]) -> bool:
+        """Rows go from the rank to the taker. -> whether it was the taker's room that set their number, and no more"""
         chain, last = [], taker
         while last != rank:
             chain.append(came[last])
             last = self.links.rank_C[came[last][0]]
-        rows = min(-self.room_R[rank], self.room_R[taker], *[self.rows_C[copy] for copy, _ in chain])
+        room = self.room_R[taker]
+        most = min(-self.room_R[rank], *[self.rows_C[copy] for copy, _ in chain])
+        rows = min(room, most)
         for copy, other in chain:
             self.rows_C[copy] -= rows
             self.rows_C[other] += rows
         self.room_R[rank] += rows
         self.room_R[taker] -= rows
+        return room < most
