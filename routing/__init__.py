@@ -15,10 +15,12 @@ from routing.expert_choice import ExpertChoice
 from routing.forced import ForcedRouter, forced_experts
 from routing.interior import optimize
 from routing.least_loaded import BreakEven, LeastLoaded, Worth
+from routing.least_loaded_on_device import LeastLoadedOnDevice
 from routing.loss_free import LossFree
 from routing.losses import GlobalLoss, GShardLoss, Loss, SequenceLoss, SwitchLoss, ZLoss
 from routing.mask_ratio import Constant, MaskRatio, Share
 from routing.metrics import Balance, max_vio, over_layers, rank_peak, rank_share, readings
+from routing.nearest_copy import NearestCopy
 from routing.quantile import EdgeQuantile, Quantile
 from routing.replay import Flips, RouteLog, Routes, flips, record_routes, replay_routes
 from routing.router import Router, check_routing
@@ -29,15 +31,17 @@ from routing.sinkhorn import Sinkhorn
 from routing.sinks import Console, JsonLines, Sink, TensorBoard
 from routing.tally import Tally
 from routing.threshold import Threshold
+from routing.waterfill import Waterfill
 from routing.weigh import Weigh
 
 __all__ = [
     "NOWHERE", "Assigner", "Assignment", "AtHome", "Balance", "Balancer", "Bip", "BreakEven", "Capacity", "Choice",
     "Console", "Constant", "Cosine", "Cutoff", "Drop", "Dropless", "EdgeQuantile", "ExpertChoice", "Flips",
-    "ForcedRouter", "GShardLoss", "GlobalLoss", "JsonLines", "LeastLoaded", "Loan", "Loss", "LossFree", "MaskRatio",
-    "Quantile", "RouteLog", "Router", "Routes", "Rows", "Score", "Select", "SequenceLoss", "Share", "Sigmoid", "Sink",
-    "Sinkhorn", "Softmax", "Sparsify", "SqrtSoftplus", "SwitchLoss", "Tally", "TensorBoard", "Threshold", "Tokens",
-    "TopK", "Unpriced", "Weigh", "Worth", "ZLoss", "at_least_fp32", "check_routing", "dual_change", "dual_gap",
-    "dual_value", "flips", "forced_experts", "kept_score", "max_vio", "optimize", "over_layers", "rank_peak",
-    "rank_share", "readings", "record_routes", "replay_routes", "token_major",
+    "ForcedRouter", "GShardLoss", "GlobalLoss", "JsonLines", "LeastLoaded", "LeastLoadedOnDevice", "Loan", "Loss",
+    "LossFree", "MaskRatio", "NearestCopy", "Quantile", "RouteLog", "Router", "Routes", "Rows", "Score", "Select",
+    "SequenceLoss", "Share", "Sigmoid", "Sink", "Sinkhorn", "Softmax", "Sparsify", "SqrtSoftplus", "SwitchLoss",
+    "Tally", "TensorBoard", "Threshold", "Tokens", "TopK", "Unpriced", "Waterfill", "Weigh", "Worth", "ZLoss",
+    "at_least_fp32", "check_routing", "dual_change", "dual_gap", "dual_value", "flips", "forced_experts",
+    "kept_score", "max_vio", "optimize", "over_layers", "rank_peak", "rank_share", "readings", "record_routes",
+    "replay_routes", "token_major",
 ]  # fmt: skip
