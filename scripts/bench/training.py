@@ -108,7 +108,7 @@ def draw(folder: Path, sizes: list[str]) -> None:
         for method in METHODS:
             axis.plot(*_curve(folder / size / method / "0" / "log.jsonl"), label=method, linewidth=1)
         axis.set(title=size.replace("x", " experts, k = "), xlabel="step", ylabel="MaxVio of the step", yscale="log")
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.tight_layout()
     figure.savefig(folder / "maxvio.png", dpi=110)
     print(f"\n{folder / 'maxvio.png'}")
