@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe import Meters, MoE, MoEConfig, World, charge, settle_prices
 from moe.comm import Peers, gather_objects, world_group
 from placement import Placement
-from routing import GlobalLoss, LossFree, Sigmoid, SwitchLoss
+from routing import GlobalLoss, LossFree, Quantile, Sigmoid, SwitchLoss, Unpriced
 
 D, E, K = 6, 8, 2
 CONFIG = MoEConfig(dim=D, hidden=4, num_experts=E, top_k=K, balancer=LossFree(step=0.01))
@@ -174,3 +174,27 @@ def test_meters_say_what_they_lack() -> None:
     wider = nn.Sequential(model_of(layers=1), MoE(replace(CONFIG, num_experts=4)))
     with pytest.raises(ValueError, match=r"\[4, 8\] experts"):
         Meters(wider)
+
+
+def test_the_dual_gap_tells_good_prices_from_none() -> None:
+    """Prices at the optimum of the batch leave nothing; no prices at all, on scores that lean one way, a lot."""
+    gaps = {}
+    for balancer in (Quantile(rounds=4, polish=16), Unpriced()):
+        torch.manual_seed(0)
+        layer = MoE(MoEConfig(dim=8, hidden=4, num_experts=8, top_k=2, balancer=balancer))
+        meters = Meters(layer, gap_steps=16)
+        layer(torch.randn(256, 8) + torch.randn(8))
+        settle_prices(layer, None)
+        gaps[type(balancer)] = meters.read(0)["moe"]["dual_gap"]
+    assert 0 <= gaps[Quantile] < 1e-5
+    assert gaps[Unpriced] > 1e-2
+
+
+def test_without_gap_steps_there_is_no_gap() -> None:
+    layer = MoE(MoEConfig(dim=8, hidden=4, num_experts=8, top_k=2))
+    meters = Meters(layer)
+    layer(torch.randn(16, 8))
+    settle_prices(layer, None)
+    assert "dual_gap" not in meters.read(0)["moe"]
+    with pytest.raises(ValueError, match="gap_steps=-1"):
+        Meters(layer, gap_steps=-1)
