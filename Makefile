@@ -35,7 +35,7 @@ format: $(VENV)/ready
 	@$(RUN)/ruff check --fix .
 
 bench: $(VENV)/ready
-	@for bench in planner experts layer; do $(RUN)/python -m scripts.bench.$$bench || exit 1; done
+	@for bench in planner experts layer router; do $(RUN)/python -m scripts.bench.$$bench || exit 1; done
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,5 +1,6 @@
 """Make it so: the layer, the collectives under it, and the proofs that it is exact."""
 
+from moe import checkpoint
 from moe.activation import GELU, ReLU2, SwiGLU
 from moe.census import census
 from moe.clip import clip_grad_norm, grad_norm
@@ -7,17 +8,22 @@ from moe.comm import EVERYONE, World, WorldError, nodes_of
 from moe.compute import Fastest, Grouped, Loop
 from moe.config import MoEConfig
 from moe.data_parallel import average_expert_grads, expert_parameters, leave_experts_alone
+from moe.elastic import Elastic, Pulse
 from moe.experts import Experts
 from moe.layer import MoE
 from moe.levy import charge
 from moe.meters import Meters
+from moe.moving import Moved, move_experts, plan_of
 from moe.parity import assert_ep_parity
 from moe.prices import settle_after, settle_prices
 from moe.record import Recorder
 from moe.reference import reference
+from moe.shards import export_safetensors, import_safetensors
 
 __all__ = [
-    "EVERYONE", "GELU", "Experts", "Fastest", "Grouped", "Loop", "Meters", "MoE", "MoEConfig", "ReLU2", "Recorder",
-    "SwiGLU", "World", "WorldError", "assert_ep_parity", "average_expert_grads", "census", "charge", "clip_grad_norm",
-    "expert_parameters", "grad_norm", "leave_experts_alone", "nodes_of", "reference", "settle_after", "settle_prices",
+    "EVERYONE", "GELU", "Elastic", "Experts", "Fastest", "Grouped", "Loop", "Meters", "MoE", "MoEConfig", "Moved",
+    "Pulse", "ReLU2", "Recorder", "SwiGLU", "World", "WorldError", "assert_ep_parity", "average_expert_grads",
+    "census", "charge", "checkpoint", "clip_grad_norm", "expert_parameters", "export_safetensors", "grad_norm",
+    "import_safetensors", "leave_experts_alone", "move_experts", "nodes_of", "plan_of", "reference", "settle_after",
+    "settle_prices",
 ]  # fmt: skip

@@ -34,8 +34,8 @@ def problem_of(x: Tensor, valid: Tensor | None, ratio: Tensor | None, dim: int, 
     """What is wrong with a layer's input, if anything. weight: any of the experts'."""
     if x.ndim < 1 or x.shape[-1] != dim:
         return f"the layer takes [..., {dim}]; got {list(x.shape)}"
-    if x.device != weight.device:
-        return f"the input is on {x.device}, the layer on {weight.device}"
+    if off := [part.device for part in (x, valid, ratio) if part is not None and part.device != weight.device]:
+        return f"the input is on {off[0]}, the layer on {weight.device}; valid and ratio count as input"
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"the input is {x.dtype}, the layer {weight.dtype}; convert one, or use torch.autocast"
     if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:-1]):
@@ -45,24 +45,27 @@ def problem_of(x: Tensor, valid: Tensor | None, ratio: Tensor | None, dim: int, 
     return None
 
 
-def header(choice: Choice | None, grad_wanted: bool, weight: Tensor) -> Tensor:
-    """What every rank must know: rows for each expert; then tokens with bad logits, no choice made, grad wanted.
+def header(choice: Choice | None, ratio_B: Tensor | None, grad_wanted: bool, price_E: Tensor) -> Tensor:
+    """What every rank must know: rows for each expert; then tokens with bad logits, no choice made, ratios that are
+    none, grad wanted.
 
-    weight: the router's.
+    price_E: the router's.
     """
-    num_experts = weight.shape[0]
-    head_F = torch.zeros(num_experts + 3, dtype=torch.int64, device=weight.device)
+    num_experts = len(price_E)
+    head_F = torch.zeros(num_experts + 4, dtype=torch.int64, device=price_E.device)
     if choice is None:
         head_F[num_experts + 1] = 1
     else:
         head_F[:num_experts] = choice.load_E
         head_F[num_experts] = _count_nonfinite(choice)
-    head_F[num_experts + 2] = int(grad_wanted)
+    if choice is not None and ratio_B is not None:
+        head_F[num_experts + 2] = (~((ratio_B >= 0) & (ratio_B <= 1))).sum()
+    head_F[num_experts + 3] = int(grad_wanted)
     return head_F
 
 
 def raise_alike(flag_RF: NDArray[np.int64], problem: str | None, rank: int) -> None:
-    """flag_RF: tokens with non-finite logits and refused inputs, by rank."""
+    """flag_RF: tokens with non-finite logits, refused inputs and ratios that are none, by rank."""
     if (refused := np.flatnonzero(flag_RF[:, 1])).size:
         ranks = ", ".join(map(str, refused.tolist()))
         raise ValueError(f"bad input on rank {ranks}: {problem or f'all ranks stop with it (this is rank {rank})'}")
@@ -70,6 +73,10 @@ def raise_alike(flag_RF: NDArray[np.int64], problem: str | None, rank: int) -> N
         raise ValueError(
             f"NaN or Inf in the router's logits: {flag_RF[bad, 0].tolist()} tokens on ranks {bad.tolist()}; "
             f"look for it in the layer's input and in router.weight"
+        )
+    if (bad := np.flatnonzero(flag_RF[:, 2])).size:
+        raise ValueError(
+            f"ratio must be between 0 and 1; {flag_RF[bad, 2].tolist()} sequences on ranks {bad.tolist()} have another"
         )
 
 

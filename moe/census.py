@@ -12,25 +12,32 @@ from moe.comm import EVERYONE, Everyone, Group, Peers, sum_over
 
 
 class Pool(nn.Module):
-    """One layer's loads in a step. Counted as its micro-batches pass, or all of them beforehand, by a census."""
+    """One layer's loads in a step. Counted as its micro-batches pass, or all of them beforehand, by a census.
+
+    While it is empty nobody reads load_E, which may hold anything, or nothing, after `to_empty`.
+    """
 
     load_E: Tensor
+    empty: bool
+    counting: bool
+    counted: bool
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.register_buffer("load_E", torch.zeros(num_experts, dtype=torch.int64, device=device), persistent=False)
-        self.counting = False
-        self.counted = False
+        self.reset()
 
     def take(self, own_E: Tensor, group_E: Tensor) -> Tensor:
         """What is known of the step with this batch in it. own_E: its loads here, group_E: on all the layer's ranks."""
         if not self.counted:
-            self.load_E += own_E if self.counting else group_E
-        return self.load_E.clone()
+            batch_E = own_E if self.counting else group_E
+            self.load_E = batch_E.clone() if self.empty else self.load_E + batch_E
+            self.empty = False
+        return self.load_E
 
     def reset(self) -> None:
-        self.load_E.zero_()
-        self.counted = False
+        self.empty = True
+        self.counting = self.counted = False
 
 
 @contextmanager
@@ -52,9 +59,13 @@ def census(model: nn.Module, group: Group | Everyone = EVERYONE) -> Iterator[Non
     try:
         with torch.random.fork_rng(devices=[device.index for device in devices]), torch.no_grad():
             yield
-    finally:
         for pool in pools:
-            pool.counting = False
-    sum_over([pool.load_E for pool in pools], Peers.of(group))
+            if pool.empty:
+                pool.load_E.zero_()
+        sum_over([pool.load_E for pool in pools], Peers.of(group))
+    except BaseException:
+        for pool in pools:
+            pool.reset()
+        raise
     for pool in pools:
-        pool.counted = True
+        pool.empty, pool.counting, pool.counted = False, False, True

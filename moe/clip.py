@@ -6,17 +6,21 @@ that ought to be alike would drift apart.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from moe.comm import Peers, max_over, sum_over
+from moe.dispatch import upload
 from moe.layer import MoE
 
 
 def grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     """The norm over every parameter's gradient, the same on every rank. Every rank of every layer's group must call.
 
-    Gradients of parameters outside the experts must already be the same on every rank, as DDP leaves them.
+    Gradients of parameters outside the experts must already be the same on every rank, as DDP leaves them. Where
+    experts live does not change the norm, not even its last bit.
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type={norm_type}; use a number > 0, or inf")
@@ -26,17 +30,20 @@ def grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     total = _power(replicated, norm_type, _device(model))
     by_group: dict[int, tuple[Peers, list[Tensor]]] = {}
     for layer in layers:
-        by_group.setdefault(id(layer.peers.group), (layer.peers, []))[1].extend(_home_grads(layer))
-    for peers, grads in by_group.values():
-        part = _power(grads, norm_type, total.device)
+        rows = [row_E.to(total.device) for row_E in _expert_powers(layer, norm_type)]
+        by_group.setdefault(id(layer.peers.group), (layer.peers, []))[1].extend(rows)
+    for peers, rows in by_group.values():
+        part = torch.cat(
+            rows
+        )  # every expert has its place, and is added where it has it: the same sum wherever it lives
         if norm_type != torch.inf:
             sum_over([part], peers)
-            total = total + part
+            total = total + part.sum()
             continue
         nans = part.isnan().to(part.dtype)  # a backend's maximum may pass over a NaN
         sum_over([nans], peers)
         max_over([part], peers)
-        total = torch.maximum(total, part.where(nans == 0, torch.nan))
+        total = torch.maximum(total, part.where(nans == 0, torch.nan).max())
     return total if norm_type == torch.inf else total ** (1.0 / norm_type)
 
 
@@ -56,14 +63,19 @@ def clip_grad_norm(
     return norm
 
 
-def _home_grads(layer: MoE) -> list[Tensor]:
-    """The gradients of the experts that this rank homes; another rank counts the copies."""
+def _expert_powers(layer: MoE, norm_type: float) -> Iterator[Tensor]:
+    """For each weight, row_E: the power of each expert at home here, zero for the others; their ranks count them."""
     home_E, rank = layer.placement.home_E, layer.peers.rank
-    grads = [weight.grad for weight in layer.experts.parameters() if weight.grad is not None]
     slots = [slot for slot, expert in enumerate(layer.experts.expert_ids) if home_E[expert] == rank]
-    if len(slots) == len(layer.experts.expert_ids):
-        return grads
-    return [grad[slot] for grad in grads for slot in slots]
+    ids = [layer.experts.expert_ids[slot] for slot in slots]
+    for weight in layer.experts.parameters():
+        row_E = torch.zeros(layer.config.num_experts, dtype=torch.float64, device=weight.device)
+        if weight.grad is not None and slots:
+            slot_H, expert_H = upload([slots, ids], weight.device)
+            norm_S = torch.linalg.vector_norm(weight.grad.flatten(1), norm_type, dim=1, dtype=torch.float64)
+            norm_H = norm_S[slot_H]
+            row_E[expert_H] = norm_H if norm_type == torch.inf else norm_H**norm_type
+        yield row_E
 
 
 def _power(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:

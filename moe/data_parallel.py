@@ -13,10 +13,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moe.census import Pool
+from moe.broadcast import buffers_of_a_rank
 from moe.comm import Group, Peers, sum_over
 from moe.layer import MoE
-from routing import Router
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -32,12 +31,9 @@ def leave_experts_alone(model: nn.Module) -> nn.Module:
 
     That is the experts, and what each rank has seen of the step: DDP would overwrite it with what its first rank saw.
     """
-    names = [name for name, _ in expert_parameters(model)]
-    for prefix, module in model.named_modules():
-        if isinstance(module, Router):
-            names += [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers() if name != "price_E"]
-        elif isinstance(module, Pool):
-            names.append(f"{prefix}.load_E".lstrip("."))
+    names: list[str] = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
+    names += [name for name, _ in expert_parameters(model)]
+    names += buffers_of_a_rank(model)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)  # type: ignore[no-untyped-call]
     return model
 

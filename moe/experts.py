@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from moe.activation import Activation, SwiGLU
 from moe.compute import Compute, Fastest, Stack
-from moe.visit import Stay, Trip, visit
+from moe.visit import Trip, visit
 
 
 class Experts(nn.Module):
@@ -62,14 +62,25 @@ class Experts(nn.Module):
                 drawn = torch.rand(weight.shape[1:], generator=generator, device="cpu", dtype=torch.float32)
                 weight[slot].copy_(drawn * (2 * bound) - bound)
 
+    def rehouse(self, expert_ids: Sequence[int], weights: Mapping[str, Tensor]) -> None:
+        """Hold other experts from now on. The parameters stay the objects they are, for whoever refers to them."""
+        for name, weight in self.named_parameters():
+            wanted = (len(expert_ids), *weight.shape[1:])
+            if weights[name].shape != wanted or weights[name].dtype != weight.dtype:
+                raise ValueError(f"{name} of {len(expert_ids)} experts needs {wanted}, {weight.dtype}; got "
+                                 f"{tuple(weights[name].shape)}, {weights[name].dtype}")  # fmt: skip
+        for name, weight in self.named_parameters():
+            # A graph that somebody still holds keeps the weight's gradient node, which knows the old shape; of a weight
+            # that had another type meanwhile, torch makes a new one.
+            weight.data = weight.new_empty(0, dtype=torch.float32 if weight.dtype == torch.float64 else torch.float64)
+            weight.data = weights[name]
+            weight.grad = None
+        self.expert_ids = tuple(expert_ids)
+
     def stack(self) -> Stack:
         return Stack(self.up, self.down, self.up_bias, self.down_bias)
 
-    def forward(self, row_MD: Tensor, rows_A: Sequence[int], own: Stack, visiting: Stack) -> Tensor:
-        """row_MD: the rows of each own expert, then of each visiting one, rows_A of them each. -> out_MD"""
-        return self.visit(row_MD, None, Stay(rows_A=tuple(rows_A)), own, visiting)
-
-    def visit(self, x_TD: Tensor, weight_N: Tensor | None, trip: Trip, own: Stack, visiting: Stack) -> Tensor:
+    def forward(self, x_TD: Tensor, weight_N: Tensor | None, trip: Trip, own: Stack, visiting: Stack) -> Tensor:
         """Tokens to the experts, by whatever way, and the weighted sum of the results back. -> y_TD"""
         dtype = compute_dtype(x_TD)
         own, visiting = _cast(own, dtype), _cast(visiting, dtype)

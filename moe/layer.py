@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from moe.batch import Batch, header, problem_of, raise_alike
+from moe.broadcast import keep_from_broadcast
 from moe.census import Pool
 from moe.comm import Group, Peers, gather_counts, lend, tie, visitors
 from moe.compute import Stack
@@ -108,7 +109,7 @@ class MoE(nn.Module):
 
         own, visiting = self._weights(step.loans)
         x_TD = _joining_in(batch.x_TD, step.grad_wanted)
-        y_TD = self.experts.visit(x_TD, choice.weight_N, step.dispatch, own, visiting)
+        y_TD: Tensor = self.experts(x_TD, choice.weight_N, step.dispatch, own, visiting)
         if self.shared is not None:
             y_TD = y_TD + self._shared(self.shared, batch.x_TD, batch.valid_T)
         if step.slip is not None:
@@ -148,19 +149,32 @@ class MoE(nn.Module):
         for target, source in copies:
             target.copy_(source)
 
+    def rehome(self, placement: Placement, weights: Mapping[str, Tensor]) -> None:
+        """Other experts, or another order of them, from the next step on: all of it, or an error and none.
+
+        placement: on the same ranks. weights: the new stack of each parameter. Every rank must call; see move_experts,
+        which brings the weights and takes care of the optimiser.
+        """
+        _placement(self.config, self.peers, placement)
+        self.experts.rehouse(placement.experts_of(self.peers.rank).tolist(), weights)
+        self.placement = placement
+
     def extra_repr(self) -> str:
         return f"rank {self.peers.rank} of {self.peers.size}, {self.config.assigner}"
 
     def _decide(self, x: Tensor, valid: Tensor | None, ratio: Tensor | None) -> tuple[Batch, Choice, _Step]:
         """Choose, tell every rank, assign. The counts are gathered even if this rank's input is no good, so that all
         ranks raise the same error instead of waiting for one that has left."""
-        problem = problem_of(x, valid, ratio, self.config.dim, self.experts.up)
+        problem = problem_of(x, valid, ratio, self.config.dim, self.experts.stack().up)
         choice = None
         if problem is None:
             batch = Batch.of(x, valid, ratio)
-            choice = self._route(batch)
+            try:
+                choice = self._route(batch)
+            except ValueError as refusal:  # of a selector that wants to know more
+                problem = str(refusal)
         with _disable_current_modes():  # selective checkpointing must not save what a replay will not run again
-            table = gather_counts(header(choice, x.requires_grad, self.router.weight), self.peers)
+            table = gather_counts(header(choice, ratio, x.requires_grad, self.router.price_E), self.peers)
             raise_alike(table[:, self.config.num_experts :], problem, self.peers.rank)
             assert choice is not None
             assignment = self.config.assigner(table[:, : self.config.num_experts].copy(), self.placement)
@@ -182,8 +196,9 @@ class MoE(nn.Module):
     def _observe(self, choice: Choice, assignment: Assignment) -> tuple[Tensor | None, Slip | None]:
         """Tell whoever wants to know of a choice: in training the router's statistics and the losses, always those who
         asked. A census only counts. -> what the losses need"""
+        keep_from_broadcast()
         pool_E, slip = None, None
-        if self.training and (self.levies.pooled or self.pool.counting):
+        if self.pool.counting or (self.training and self.levies.pooled):
             group_E = upload([assignment.count_RE.sum(axis=0)], choice.expert_N.device)[0]
             pool_E = self.pool.take(choice.load_E, group_E)
         if self.pool.counting:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -34,11 +34,13 @@ def settle_prices(model: nn.Module, group: Group | Everyone = EVERYONE) -> None:
 def settle_after(optimizer: Optimizer, model: nn.Module, group: Group | Everyone = EVERYONE) -> RemovableHandle:
     """Settle the prices after every step of this optimiser, until handle.remove().
 
-    A GradScaler that skips a step does not call the optimiser, and nothing is settled. It must skip on all ranks alike,
-    or those that do not will wait for it.
+    A step that a GradScaler skips settles nothing. It must skip on all ranks alike, or those that do not will wait for
+    it. A fused optimiser is called even so and skips on the device: under a GradScaler the host waits for its word.
     """
 
-    def settle(*_: Any) -> None:
-        settle_prices(model, group)
+    def settle(optimizer: Optimizer, *_: Any) -> None:
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not found_inf.item():
+            settle_prices(model, group)
 
     return optimizer.register_step_post_hook(settle)

@@ -55,9 +55,7 @@ class Recorder:
                 f"that ended; call every layer once for each token, and end_window() after each window"
             )
         most = max(expert_TK.shape[1] for expert_TK, _ in columns)
-        expert_TLK = np.full((tokens.pop(), len(columns), most), NOWHERE, dtype=np.int32)
-        for layer, (expert_TK, _) in enumerate(columns):
-            expert_TLK[:, layer, : expert_TK.shape[1]] = expert_TK
+        expert_TLK = np.stack([_widened(expert_TK, most) for expert_TK, _ in columns], axis=1).astype(np.int32)
         real_T = (expert_TLK != NOWHERE).any(axis=(1, 2))  # padding chose nothing
         return LoadTrace.from_choices(
             expert_TLK[real_T],
@@ -76,7 +74,7 @@ class Recorder:
 
     def _listener(self, number: int) -> Callable[[Choice, Assignment], None]:
         def listen(choice: Choice, assignment: Assignment) -> None:
-            self._heard[number].append(choice.expert_TK.cpu().numpy())
+            self._heard[number].append(_table(choice))
             self._windows[number].append(len(self._names))
 
         return listen
@@ -87,4 +85,24 @@ class Recorder:
         if not heard:
             return np.empty((0, 1), dtype=np.int64), np.empty(0, dtype=np.int64)
         window_T = np.concatenate([np.full(len(expert_TK), window) for expert_TK, window in heard])
-        return np.concatenate([expert_TK for expert_TK, _ in heard]), window_T
+        most = max(expert_TK.shape[1] for expert_TK, _ in heard)
+        return np.concatenate([_widened(expert_TK, most) for expert_TK, _ in heard]), window_T
+
+
+def _table(choice: Choice) -> NDArray[np.int64]:
+    """A line for each token, with the experts it went to, -1 after the last; a token may have gone to none."""
+    if choice.top_k is not None:
+        return choice.expert_TK.cpu().numpy()
+    token_N, expert_N = choice.token_N.cpu().numpy(), choice.expert_N.cpu().numpy()
+    token_N, expert_N = token_N[expert_N != NOWHERE], expert_N[expert_N != NOWHERE]
+    order_N = np.argsort(token_N, kind="stable")
+    token_N, expert_N = token_N[order_N], expert_N[order_N]
+    count_T = np.bincount(token_N, minlength=choice.num_tokens)
+    place_N = np.arange(len(token_N)) - np.repeat(np.cumsum(count_T) - count_T, count_T)
+    expert_TK = np.full((choice.num_tokens, max(int(count_T.max(initial=0)), 1)), NOWHERE, dtype=np.int64)
+    expert_TK[token_N, place_N] = expert_N
+    return expert_TK
+
+
+def _widened(expert_TK: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    return np.pad(expert_TK, ((0, 0), (0, most - expert_TK.shape[1])), constant_values=NOWHERE)

@@ -10,11 +10,14 @@ from placement.greedy import Packed, Planner, RoundRobin
 from placement.groups import PricedGroups, StrictGroups
 from placement.ilp import Ilp, IlpWhole
 from placement.merge import merge
+from placement.migrate import Migration, Move, Wave, migrate, moved, nearest, padded
 from placement.plan import Placement, Plan
 from placement.rebalance import Rebalance
+from placement.rename import as_given, rename, rename_nodes, rename_ranks
 from placement.robust import Robust
 from placement.simulate import ExpertShape, GemmCurve, Simulation, simulate
 from placement.size import Size, size
+from placement.tolerant import Tolerant
 from placement.topology import INFINIBAND, NVLINK, Link, Topology
 from placement.trace import LoadTrace
 
@@ -30,6 +33,8 @@ __all__ = [
     "IlpWhole",
     "Link",
     "LoadTrace",
+    "Migration",
+    "Move",
     "Packed",
     "Placement",
     "Plan",
@@ -41,12 +46,22 @@ __all__ = [
     "Simulation",
     "Size",
     "StrictGroups",
+    "Tolerant",
     "Topology",
     "Verdict",
+    "Wave",
     "advise",
+    "as_given",
     "calibrate",
     "merge",
+    "migrate",
+    "moved",
+    "nearest",
+    "padded",
     "rebalance_experts",
+    "rename",
+    "rename_nodes",
+    "rename_ranks",
     "simulate",
     "size",
     "verify",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
 from placement.arrays import FloatArray
-from placement.greedy import RoundRobin
+from placement.greedy import Planner, RoundRobin
 from placement.metrics import moves_L, peak_over_mean, rank_load_WLR
 from placement.plan import Plan
-from placement.rebalance import relabelled
+from placement.rename import rename
 from placement.robust import Robust
 from placement.simulate import ExpertShape, GemmCurve, simulate
 from placement.topology import Topology
@@ -45,6 +47,19 @@ class Advice:
     option_N: tuple[Option, ...]
     fit_windows: int
     held_windows: int
+    steps: int
+
+    def without(self, name: str) -> Self:
+        """The advice for somebody to whom one of the options is not open."""
+        option_N = tuple(option for option in self.option_N if option.name != name)
+        choice, reason = _chosen(option_N, self.steps)
+        return replace(self, choice=choice, reason=reason, option_N=option_N)
+
+    @property
+    def plan(self) -> Plan | None:
+        """Where to go; None to stay, or where it is not by moving that the choice would help."""
+        chosen = next(option for option in self.option_N if option.name == self.choice)
+        return None if self.choice == "stay" else chosen.plan
 
 
 def advise(
@@ -55,10 +70,13 @@ def advise(
     curve: GemmCurve,
     shape: ExpertShape,
     steps: int = 1000,
+    planner: Planner = Robust(),
+    move_bytes: int = 0,
 ) -> Advice:
     """Stay, re-place, replicate, or reroute to the least loaded, by what each would save over so many steps.
 
     running None: experts dealt round. Windows are split into those that fit the plans and those that judge them.
+    move_bytes: what goes along when an expert moves, in training its moments too; 0: the weights of its shape.
     """
     if steps < 1:
         raise ValueError(f"a plan must serve for at least 1 step; got {steps}")
@@ -66,16 +84,16 @@ def advise(
         raise ValueError("advice needs a window to fit and another to judge; the trace has 1: record more, or cut it")
     fit, held = trace.split()
     start = RoundRobin()(fit, topology) if running is None else running
-    judge = _Judge(start, held, topology, curve, shape)
-    options = [judge.option("stay", start)]
+    judge = _Judge(start, held, topology, curve, shape, move_bytes or shape.expert_bytes)
+    options, even_L = [judge.option("stay", start)], (1,) * trace.layers
     single = Topology.fitting(
         num_experts=trace.num_experts, ranks=topology.ranks, ranks_per_node=topology.ranks_per_node
     )
     if all(need <= slots for need, slots in zip(single.slots_R, topology.slots_R, strict=True)):
         alone = replace(topology, slots_R=single.slots_R)
-        options.append(judge.option("re-place", _near(start, Robust()(fit, alone), alone)))
+        options.append(judge.option("re-place", rename(start, planner(fit, alone), even_L)))
     if topology.slots > trace.num_experts:
-        options.append(judge.option("replicate", _near(start, Robust()(fit, topology), topology)))
+        options.append(judge.option("replicate", rename(start, planner(fit, topology), even_L)))
     options.append(judge.rerouted())
     choice, reason = _chosen(options, steps)
     return Advice(
@@ -84,14 +102,18 @@ def advise(
         option_N=tuple(options),
         fit_windows=fit.windows,
         held_windows=held.windows,
+        steps=steps,
     )
 
 
 class _Judge:
     """Scores options on the held-out windows, against the plan that is running."""
 
-    def __init__(self, start: Plan, held: LoadTrace, topology: Topology, curve: GemmCurve, shape: ExpertShape) -> None:
+    def __init__(
+        self, start: Plan, held: LoadTrace, topology: Topology, curve: GemmCurve, shape: ExpertShape, move_bytes: int
+    ) -> None:
         self.start, self.held, self.topology, self.curve, self.shape = start, held, topology, curve, shape
+        self.move_bytes = move_bytes
         self.now = simulate(start, held, topology, curve, shape)
 
     def option(self, name: str, plan: Plan) -> Option:
@@ -135,7 +157,7 @@ class _Judge:
         for old, new in zip(self.start.placement_L, plan.placement_L, strict=True):
             fetched_R += (new.held_RE & ~old.held_RE).sum(axis=1)
         slower = min(self.topology.within_node.bandwidth, self.topology.across_nodes.bandwidth)
-        return float(fetched_R.max() * self.shape.expert_bytes / slower)
+        return float(fetched_R.max() * self.move_bytes / slower)
 
     def _judged(self, name: str, seconds: float, peak: float, plan: Plan | None, move_seconds: float) -> Option:
         gain = float(self.now.step_W.mean()) - seconds
@@ -154,13 +176,7 @@ class _Judge:
         )
 
 
-def _near(start: Plan, plan: Plan, topology: Topology) -> Plan:
-    """The same plan with its ranks named so that least has to move."""
-    pairs = zip(start.placement_L, plan.placement_L, strict=True)
-    return replace(plan, placement_L=tuple(relabelled(old, new, topology) for old, new in pairs))
-
-
-def _chosen(options: list[Option], steps: int) -> tuple[str, str]:
+def _chosen(options: Sequence[Option], steps: int) -> tuple[str, str]:
     stay = options[0]
     best = max(options, key=lambda option: option.gain * steps - option.move_seconds)
     saved = best.gain * steps - best.move_seconds

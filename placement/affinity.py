@@ -9,17 +9,15 @@ import numpy as np
 
 from placement import cap
 from placement.arrays import FloatArray, IntArray
-from placement.bounds import ROUNDING
 from placement.capped import Capped
 from placement.certify import certified
 from placement.chain import Chain, all_groupings, pools
-from placement.greedy import Packed
+from placement.copies import require_room
 from placement.hops import METHOD, local_bound_L
 from placement.metrics import local_L, local_share
 from placement.packing import placements, table_of, working_table
 from placement.plan import Placement, Plan, Provenance
-from placement.rebalance import relabelled, stepped
-from placement.refine import rank_time
+from placement.repair import repaired
 from placement.scenarios import scenarios
 from placement.topology import Topology
 from placement.trace import LoadTrace
@@ -36,8 +34,10 @@ class Affinity:
 
     balance_cap: the largest peak/mean allowed in each scenario; infinite for none. most_scenarios: see Robust; 1 caps
     the load of all windows together. node_worth: what a hop within a node is worth beside one that stays on its rank.
-    fan_out: what it is worth to have all choices of a token in a layer on one rank, beside keeping all its hops local.
-    Spare slots go to copies, and only where single copies cannot keep the cap.
+    fan_out: what it is worth to have all choices of a token in a layer on one rank, beside keeping all its hops local;
+    on one node it is worth node_worth of that, so ranks and nodes a token both count. One number serves both, as a hop
+    and a dispatch cross the same links.
+    Spare slots go to copies, and only where single copies cannot keep the cap in some scenario.
     restarts, rounds: of the search where the optimum cannot be listed; large models get fewer.
     """
 
@@ -68,7 +68,7 @@ class Affinity:
         exact = rank_LE is not None
         if rank_LE is None:
             rank_LE = self._searched(problem)
-        placement_L = self._with_copies(rank_LE[:, : trace.num_experts], trace, topology)
+        placement_L = self._with_copies(rank_LE[:, : trace.num_experts], load_LKE, topology)
         made: Provenance = {
             "planner": "affinity",
             "balance_cap": self.balance_cap if math.isfinite(self.balance_cap) else "none",
@@ -88,8 +88,7 @@ class Affinity:
             pair_LEE = np.zeros((0, trace.num_experts, trace.num_experts))
             if trace.layers > 1:
                 raise ValueError("the trace has loads alone; affinity needs each token's choices, or pairs of layers")
-        if topology.slots < trace.num_experts:
-            raise ValueError(f"{trace.num_experts} experts do not fit {topology.slots} slots; use more slots")
+        require_room(trace.num_experts, topology)
         mass = float(pair_LEE.sum(axis=(1, 2)).mean()) if len(pair_LEE) else 1.0
         together_LEE = np.zeros((trace.layers, trace.num_experts, trace.num_experts))
         if self.fan_out:
@@ -152,25 +151,11 @@ class Affinity:
             return problem.chain.swept(solution_BLE)
         return problem.improved(solution_BLE, sweeps=10)
 
-    def _with_copies(self, rank_LE: IntArray, trace: LoadTrace, topology: Topology) -> tuple[Placement, ...]:
+    def _with_copies(self, rank_LE: IntArray, load_LKE: FloatArray, topology: Topology) -> tuple[Placement, ...]:
         table = table_of(rank_LE, topology)
-        if topology.slots > trace.num_experts and self.balance_cap < math.inf:
-            table = self._capped(table, trace.load_LE, topology)
+        if topology.slots > rank_LE.shape[1] and self.balance_cap < math.inf:
+            table = repaired(table, load_LKE, topology, self.balance_cap, self.seed)
         return placements(table)
-
-    def _capped(self, table: IntArray, load_LE: FloatArray, topology: Topology) -> IntArray:
-        """Layers above the cap take copies and pass experts on; as the last resort they are packed and relabelled."""
-        most_L = load_LE.sum(axis=1) / sum(topology.speed_R) * self.balance_cap
-        over = np.flatnonzero(rank_time(table, load_LE, topology).max(axis=1) > most_L * (1 + ROUNDING))
-        if not over.size:
-            return table
-        packed = placements(Packed(seed=self.seed).pack(load_LE[over], topology))
-        for layer, anew in zip(over.tolist(), packed, strict=True):
-            kept = placements(table[layer][None])[0]
-            table[layer] = stepped(table[layer], load_LE[layer], topology, float(most_L[layer]), topology.slots)
-            if rank_time(table[layer][None], load_LE[layer][None], topology).max() > most_L[layer] * (1 + ROUNDING):
-                table[layer] = working_table((relabelled(kept, anew, topology),), topology)[0]
-        return table
 
 
 def with_hops(plan: Plan, trace: LoadTrace, topology: Topology) -> Plan:

@@ -13,7 +13,12 @@ from placement.chain import Chain
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Capped:
     """load_LKE: loads in each scenario, scaled so that a perfect spread takes time 1 on every rank. cap: no rank may
-    take longer. together_LEE: worth of two experts of a layer sharing a rank (fan-out), beside the chain's own worth.
+    take longer. together_LEE: worth of two experts of a layer on one rank (fan-out), beside the chain's own worth.
+
+    Two experts that a token chooses together are as near as two that it visits one after the other: on one node they
+    are worth the chain's near_RR of `together`, for a token that reaches two ranks of a node crosses to it once. With
+    two choices a token this counts exactly the ranks and nodes it is spared; with more it counts pairs, of which k
+    choices in one place are k (k - 1) / 2.
     """
 
     chain: Chain
@@ -25,8 +30,8 @@ class Capped:
     def worth_B(self, rank_BLE: IntArray) -> FloatArray:
         together_B = np.zeros(len(rank_BLE))
         for layer, together_EE in enumerate(self.together_LEE):
-            same_BEE = rank_BLE[:, layer, :, None] == rank_BLE[:, layer, None, :]
-            together_B += (same_BEE * together_EE).sum(axis=(1, 2)) / 2
+            near_BEE = self.chain.near_RR[rank_BLE[:, layer, :, None], rank_BLE[:, layer, None, :]]
+            together_B += (near_BEE * together_EE).sum(axis=(1, 2)) / 2
         return self.chain.worth_B(rank_BLE) + together_B
 
     def excess_BL(self, rank_BLE: IntArray) -> FloatArray:
@@ -62,56 +67,89 @@ class Capped:
         return rank_BLE
 
     def _swapped(self, rank_AE: IntArray, gain_AER: FloatArray, layer_A: IntArray, most_swaps: int) -> IntArray:
-        rank_AE = rank_AE.copy()
-        active = np.arange(len(rank_AE))
+        """The best swap of each problem, again and again; scores are made anew only where a swap has changed them."""
+        done_AE, live = rank_AE.copy(), np.arange(len(rank_AE))
+        experts, linked = rank_AE.shape[1], bool(self.together_LEE.any())
+        rank, gain, layer = rank_AE.copy(), gain_AER, layer_A
+        every = np.repeat(np.arange(experts)[None], len(rank), axis=0)
+        time = self._times(rank, layer)
+        kept, score = self._excess(time) == 0, self._scores(rank, gain, layer, time, every)
         for _ in range(most_swaps):
-            rank, layer = rank_AE[active], layer_A[active]
-            time = np.stack([self._time(r[None], self.load_LKE[n])[0] for r, n in zip(rank, layer, strict=True)])
-            score = self._scores(rank, gain_AER[active], layer, time)
-            best = score.reshape(len(active), -1).argmax(axis=1)
-            worthy = score.reshape(len(active), -1)[np.arange(len(active)), best] > -np.inf
-            active, best = active[worthy], best[worthy]
-            if not active.size:
+            best = score.reshape(len(live), -1).argmax(axis=1)
+            worthy = score.reshape(len(live), -1)[np.arange(len(live)), best] > -np.inf
+            done_AE[live] = rank
+            if not worthy.any():
                 break
-            one, other = best // rank_AE.shape[1], best % rank_AE.shape[1]
-            rank_AE[active, one], rank_AE[active, other] = rank_AE[active, other], rank_AE[active, one]
-        return rank_AE
+            if not worthy.all():
+                live, rank, gain, layer, kept, score = (x[worthy] for x in (live, rank, gain, layer, kept, score))
+                every, best = every[worthy], best[worthy]
+            a, one, other = np.arange(len(live)), best // experts, best % experts
+            rank[a, one], rank[a, other] = rank[a, other], rank[a, one]
+            time = self._times(rank, layer)
+            # A problem that has come under its cap is judged by gains from now on; fan-out links every expert to every.
+            anew = (self._excess(time) == 0) != kept
+            kept = kept ^ anew
+            touched = (rank == rank[a, one][:, None]) | (rank == rank[a, other][:, None])
+            width = experts if linked else int(touched.sum(axis=1).max())
+            row = np.argsort(~touched, axis=1, kind="stable")[:, :width]
+            part = self._scores(rank, gain, layer, time, row)
+            score[a[:, None], row] = part
+            score.transpose(0, 2, 1)[a[:, None], row] = part
+            if anew.any() and not linked:
+                score[anew] = self._scores(rank[anew], gain[anew], layer[anew], time[anew], every[anew])
+        done_AE[live] = rank
+        return done_AE
 
-    def _scores(self, rank_AE: IntArray, gain_AER: FloatArray, layer_A: IntArray, time_AKR: FloatArray) -> FloatArray:
-        """score[a, e, f] of swapping e and f: the gain where the cap is kept; above it, gain per excess that goes.
+    def _times(self, rank_AE: IntArray, layer_A: IntArray) -> FloatArray:
+        one_AER = (rank_AE[:, :, None] == np.arange(len(self.speed_R))).astype(np.float64)
+        time_AKR: FloatArray = self.load_LKE[layer_A] @ one_AER / np.array(self.speed_R)
+        return time_AKR
+
+    def _scores(
+        self, rank_AE: IntArray, gain_AER: FloatArray, layer_A: IntArray, time_AKR: FloatArray, row_AM: IntArray
+    ) -> FloatArray:
+        """score[a, m, f] of swapping expert row_AM[a, m] and f: the gain where the cap is kept; above it, gain per
+        excess that goes.
 
         -inf for a swap that does not help.
         """
-        experts = rank_AE.shape[1]
-        together = self.together_LEE[layer_A]
-        if together.any():
-            one_AER = (rank_AE[:, :, None] == np.arange(gain_AER.shape[2])).astype(np.float64)
-            gain_AER = gain_AER + together @ one_AER
-        a = np.arange(len(rank_AE))[:, None, None]
-        there_AEE = gain_AER[a, np.arange(experts)[None, :, None], rank_AE[:, None, :]]
-        here_AE = np.take_along_axis(gain_AER, rank_AE[:, :, None], axis=2)[:, :, 0]
-        rise = there_AEE + there_AEE.transpose(0, 2, 1) - here_AE[:, :, None] - here_AE[:, None, :] - 2 * together
+        a = np.arange(len(rank_AE))[:, None]
+        scale = np.abs(gain_AER).max(axis=(1, 2), initial=0.0)[:, None, None] * 1e-9
+        mine_AM = rank_AE[a, row_AM]
+        rise = self._rise(rank_AE, gain_AER, layer_A, row_AM)
         load_AKE, speed_R = self.load_LKE[layer_A], np.array(self.speed_R)
-        speed_AE = speed_R[rank_AE]
-        time_AKE = np.take_along_axis(time_AKR, np.repeat(rank_AE[:, None], time_AKR.shape[1], axis=1), axis=2)
         after, before = np.zeros_like(rise), np.zeros_like(rise)
         for scenario in range(load_AKE.shape[1]):
-            load, time = load_AKE[:, scenario], time_AKE[:, scenario]
-            taken = (load[:, None, :] - load[:, :, None]) / speed_AE[:, :, None]
-            over = np.maximum(time[:, :, None] + taken - self.cap, 0.0)
-            after += over + over.transpose(0, 2, 1)
-            base = np.maximum(time - self.cap, 0.0)
-            before += base[:, :, None] + base[:, None, :]
-        scale = np.abs(gain_AER).max() * 1e-9
-        same = rank_AE[:, :, None] == rank_AE[:, None, :]
+            load, time = load_AKE[:, scenario], time_AKR[:, scenario]
+            taken = load[:, None, :] - load[a, row_AM][:, :, None]
+            mine, theirs = time[a, mine_AM], time[a, rank_AE]
+            after += np.maximum(mine[:, :, None] + taken / speed_R[mine_AM][:, :, None] - self.cap, 0.0)
+            after += np.maximum(theirs[:, None, :] - taken / speed_R[rank_AE][:, None, :] - self.cap, 0.0)
+            before += np.maximum(mine - self.cap, 0.0)[:, :, None] + np.maximum(theirs - self.cap, 0.0)[:, None, :]
         gains = np.where((after <= 1e-9) & (rise > scale), rise, -np.inf)
         fall = before - after
         # Losing nothing counts a little, so that of free repairs the larger one is taken.
         repairs = np.where(fall > 1e-9, (rise - scale) / np.maximum(fall, 1e-9), -np.inf)
         kept = self._excess(time_AKR) == 0
         score: FloatArray = np.where(kept[:, None, None], gains, repairs)
-        score[same] = -np.inf
+        score[mine_AM[:, :, None] == rank_AE[:, None, :]] = -np.inf
         return score
+
+    def _rise(self, rank_AE: IntArray, gain_AER: FloatArray, layer_A: IntArray, row_AM: IntArray) -> FloatArray:
+        """rise[a, m, f]: what swapping expert row_AM[a, m] and f adds to the worth."""
+        a, near_RR = np.arange(len(rank_AE))[:, None], self.chain.near_RR
+        together = self.together_LEE[layer_A]
+        if together.any():
+            gain_AER = gain_AER + together @ near_RR[rank_AE]
+        here_AE = np.take_along_axis(gain_AER, rank_AE[:, :, None], axis=2)[:, :, 0]
+        mine_AM = rank_AE[a, row_AM]
+        there = gain_AER[a[:, :, None], row_AM[:, :, None], rank_AE[:, None, :]]
+        back = gain_AER.transpose(0, 2, 1)[a, mine_AM]
+        rise: FloatArray = there + back - here_AE[a, row_AM][:, :, None] - here_AE[:, None, :]
+        if together.any():
+            # Each of the two gains counts the other as if it stayed; after the swap they are as far apart as before.
+            rise -= 2 * together[a, row_AM] * (1 - near_RR[mine_AM[:, :, None], rank_AE[:, None, :]])
+        return rise
 
 
 def _by_layer(rank_BLE: IntArray) -> list[tuple[int, IntArray]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from placement.arrays import FloatArray
 from placement.bounds import CLOSED_FORM, Certificate, peak_bound_L
+from placement.domains import domains_E
 from placement.hops import local_bound_L
 from placement.metrics import local_L, local_share, peak_over_mean_L
 from placement.plan import Placement, Plan, Provenance
@@ -69,20 +70,22 @@ def verify(plan: Plan, trace: LoadTrace) -> tuple[Verdict, ...]:
         raise ValueError("the plan has no certificates; plan again with a planner")
     value_L = peak_over_mean_L(plan, trace.load_LE, plan.topology)
     bound_L = peak_bound_L(trace.load_LE, plan.topology)
-    hop_faults_L: list[list[str]] = [[] for _ in range(trace.layers)]
+    more_faults_L: list[list[str]] = [[] for _ in range(trace.layers)]
     unproved_L = [c.local is not None or c.local_bound is not None for c in plan.certificate_L]
     if trace.follow_LEE is not None and len(trace.follow_LEE):
         stay_L = local_L(plan, trace.follow_LEE, range(plan.ranks))
         most_L = local_bound_L(trace.follow_LEE, plan.topology)
         for layer, hops in enumerate(zip(plan.certificate_L, stay_L.tolist(), most_L.tolist(), strict=False)):
-            hop_faults_L[layer], unproved_L[layer] = _hop_faults(*hops), False
-        hop_faults_L[0] += _whole_faults(plan, trace.follow_LEE, np.maximum(stay_L, most_L))
+            more_faults_L[layer], unproved_L[layer] = _hop_faults(*hops), False
+        more_faults_L[0] += _whole_faults(plan, trace.follow_LEE, np.maximum(stay_L, most_L))
+    for layer, placement in enumerate(plan.placement_L):
+        more_faults_L[layer] += _tolerance_faults(placement, plan.topology, plan.provenance)
     # That a search over hops found the optimum is not proved again; nor is a claim about hops that the trace lacks.
     unproved_L[0] |= plan.provenance.get("hops") == "optimal"
     return tuple(
         _verdict(layer, float(value), float(bound), certificate, hop_faults, unproved)
         for layer, value, bound, certificate, hop_faults, unproved in zip(
-            plan.layer_L, value_L, bound_L, plan.certificate_L, hop_faults_L, unproved_L, strict=True
+            plan.layer_L, value_L, bound_L, plan.certificate_L, more_faults_L, unproved_L, strict=True
         )
     )
 
@@ -131,3 +134,14 @@ def _whole_faults(plan: Plan, pair_LEE: FloatArray, most_L: FloatArray) -> list[
     if (bound := plan.provenance.get("local_bound")) is not None and not float(bound) >= most - SLACK:
         faults.append(f"provenance claims that at most {bound} can stay local; the bound is {most:.6f}")
     return faults
+
+
+def _tolerance_faults(placement: Placement, topology: Topology, provenance: Provenance) -> list[str]:
+    """What provenance says of losses that a layer survives."""
+    if (claimed := provenance.get("tolerates")) is None:
+        return []
+    few_E = domains_E(placement, topology)
+    worst = int(few_E.argmin())
+    if few_E[worst] > int(claimed):
+        return []
+    return [f"claims to survive {claimed} lost failure domains; expert {worst} lives in {few_E[worst]}"]

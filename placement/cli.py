@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from placement import cli_plan, cli_time, options
+from placement import cli_migrate, cli_plan, cli_time, options
 from placement.certify import verify as verified
 from placement.console import emit, errors_in_one_line, new_file, say, show, working
 from placement.files import write_whole
@@ -148,7 +148,7 @@ def report(
     emit({"written": [str(out)]}) if as_json else say(f"written: {out}")
 
 
-for command in (cli_time.simulate, cli_time.advise, cli_time.size, cli_time.calibrate):
+for command in (cli_migrate.migrate, cli_time.simulate, cli_time.advise, cli_time.size, cli_time.calibrate):
     app.command()(command)
 
 

@@ -34,9 +34,12 @@ def plan(
     groups: Annotated[int, typer.Option(help="Expert groups that would rather stay on one node each.")] = 0,
     strict_groups: Annotated[bool, typer.Option("--strict-groups", help="They must.")] = False,
     group_price: Annotated[float, typer.Option(help="Peak/mean worth giving up for whole groups.")] = 0.1,
+    tolerate: Annotated[
+        int, typer.Option(help="packed: nodes (of one node: ranks) that may fail with no expert lost.")
+    ] = 0,
     scenarios: Annotated[int, typer.Option(help="Loads judged apart: for robust (0: 8), affinity's cap (0: 1).")] = 0,
     tail: Annotated[float, typer.Option(help="robust: share of scenarios, worst first; 0 worst, 1 mean.")] = 0.25,
-    fan_out: Annotated[float, typer.Option("--fan-out", help="affinity: weight of few ranks a token.")] = 0.0,
+    fan_out: Annotated[float, typer.Option("--fan-out", help="affinity: weight of few ranks and nodes a token.")] = 0.0,
     node_worth: Annotated[float, typer.Option(help="affinity: a hop within the node, beside one on the rank.")] = 0.5,
     monolithic: Annotated[bool, typer.Option("--monolithic", help="ilp: all layers in one programme.")] = False,
     start: Annotated[Path | None, typer.Option("--from", help="Rebalance from this plan.")] = None,
@@ -62,6 +65,7 @@ def plan(
             groups=groups,
             strict_groups=strict_groups,
             group_price=group_price,
+            tolerate=tolerate,
             tail=tail,
             fan_out=fan_out,
             node_worth=node_worth,

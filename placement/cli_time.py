@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from placement import options
+from placement.advise import Option
 from placement.advise import advise as advised
 from placement.calibrate import calibrate as calibrated
 from placement.console import emit, errors_in_one_line, new_file, say, show, working
@@ -53,8 +54,15 @@ def advise(
         windows = {"fit_windows": advice.fit_windows, "held_windows": advice.held_windows}
         emit({"choice": advice.choice, "reason": advice.reason, **windows, "curve": gemm.source, "options": rows})
     else:
-        show("on held-out windows", tuple(rows[0]), [list(row.values()) for row in rows])
+        columns = ("option", "us a\nstep", "peak/mean", "moves", "ms to\nmove", "us\ngained", "pays off\n(tokens)")
+        show("on held-out windows", columns, [_courses(option) for option in advice.option_N])
         say(f"{advice.choice}: {advice.reason}\nmatrices {gemm.source}; links modelled")
+
+
+def _courses(option: Option) -> list[object]:
+    gained, moved = 1e6 * option.gain, 1e3 * option.move_seconds
+    step = (option.name, 1e6 * option.seconds, option.peak_over_mean)
+    return [*step, option.moves, moved, gained, option.break_even_tokens]
 
 
 def size(

@@ -55,12 +55,15 @@ def _finite(value: Any) -> Any:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table of which nothing is cut off: headings break into lines first, and one still too wide runs over."""
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    for row in rows:
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-    OUT.print(table)
+    for index, column in enumerate(columns):
+        widest = max((len(row[index]) for row in cells), default=0)
+        table.add_column(column, justify="left" if index == 0 else "right", min_width=widest, overflow="fold")
+    for row in cells:
+        table.add_row(*row)
+    OUT.print(table, crop=False)
 
 
 def say(text: str) -> None:

@@ -23,11 +23,16 @@ def thinning_C(topology: Topology) -> FloatArray:
 
 
 def require_room(num_experts: int, topology: Topology) -> None:
-    if num_experts > topology.slots:
+    """What every planner says of a machine that is too small, whether slots or memory make it so."""
+    if num_experts <= topology.slots:
+        return
+    short = f"{num_experts} experts do not fit {topology.ranks} ranks with {topology.slots} slots in all"
+    if topology.memory_R:
         raise ValueError(
-            f"{num_experts} experts do not fit {topology.ranks} ranks with {topology.slots} slots in all; "
-            f"use slots >= {-(-num_experts // topology.ranks)} a rank"
+            f"{short}, where no rank has more slots than its memory holds experts of {topology.expert_bytes} bytes; "
+            f"use more ranks, memory or slots"
         )
+    raise ValueError(f"{short}; use slots >= {-(-num_experts // topology.ranks)} a rank")
 
 
 def apportion(load_LE: FloatArray, topology: Topology) -> IntArray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
+from placement.arrays import FloatArray
 
 
 def loads(expert_TLK: NDArray[np.int32], window_T: NDArray[np.int64], windows: int, num_experts: int) -> FloatArray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from placement.arrays import FloatArray, IntArray
 from placement.certify import certified
-from placement.copies import apportion
+from placement.copies import apportion, require_room
 from placement.greedy import Packed
 from placement.packing import free_slots, pack, placements
 from placement.plan import Placement, Plan, Provenance
@@ -33,6 +33,7 @@ class StrictGroups:
         return certified(placements(table), trace, topology, made)
 
     def pack(self, load_LE: FloatArray, topology: Topology) -> IntArray:
+        require_room(load_LE.shape[1], topology)
         size = _group_size(load_LE.shape[1], self.groups)
         node_R = np.array(topology.node_R)
         speed_R = np.array(topology.speed_R)
@@ -62,6 +63,7 @@ class StrictGroups:
             slots_R=tuple(topology.slots_R[rank] for rank in rank_N),
             speed_R=tuple(topology.speed_R[rank] for rank in rank_N),
             memory_R=(),
+            expert_bytes=0,
         )
         # Every node takes the same number of groups in every layer: the whole machine has room for just so many.
         held = int((group_LS[0] >= 0).sum())

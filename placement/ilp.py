@@ -19,9 +19,9 @@ from placement.capped import Capped
 from placement.certify import certified
 from placement.greedy import Packed
 from placement.metrics import peak_over_mean_L
-from placement.names import flow_LGG, named
 from placement.packing import placements, table_of
 from placement.plan import EMPTY, Placement, Plan, Provenance
+from placement.rank_names import flow_LGG, named
 from placement.topology import Topology
 from placement.trace import LoadTrace
 

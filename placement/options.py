@@ -21,6 +21,7 @@ from placement.plan import Plan
 from placement.rebalance import Rebalance
 from placement.robust import Robust
 from placement.simulate import ExpertShape, GemmCurve
+from placement.tolerant import Tolerant
 from placement.topology import Link, Topology
 from placement.trace import LoadTrace
 
@@ -70,7 +71,9 @@ def topology(nodes: int, ranks_per_node: int, slots: str, speed: str, num_expert
     if any(not 0 <= value <= MOST_EXPERTS for value in each):
         raise ValueError(f"--slots must be from 0 to {MOST_EXPERTS}; got {slots}")
     if len(each) == 1 and each[0] >= num_experts:
-        return replace(Topology.sharing(slots=each[0], ranks=ranks, ranks_per_node=ranks_per_node), speed_R=speed_R)
+        spare = each[0] - num_experts
+        fitted = Topology.fitting(num_experts=num_experts, ranks=ranks, ranks_per_node=ranks_per_node, spare=spare)
+        return replace(fitted, speed_R=speed_R)
     if len(each) == 1:
         each *= ranks
     if len(each) != ranks:
@@ -79,7 +82,7 @@ def topology(nodes: int, ranks_per_node: int, slots: str, speed: str, num_expert
 
 
 def remembered(machine: Topology, memory_gb: str, expert_mb: float) -> Topology:
-    """No more slots on a rank than its memory holds."""
+    """The same machine with the memory that its ranks were said to have."""
     if not memory_gb:
         if expert_mb:
             raise ValueError("--expert-mb needs --memory-gb, the memory of each rank")
@@ -88,8 +91,8 @@ def remembered(machine: Topology, memory_gb: str, expert_mb: float) -> Topology:
         raise ValueError("--memory-gb needs --expert-mb, the size of an expert")
     listed = numbers(memory_gb, "--memory-gb")
     memory = listed * machine.ranks if len(listed) == 1 else listed
-    limited = replace(machine, memory_R=tuple(int(gigabytes * 1e9) for gigabytes in memory))
-    return limited.holding(expert_bytes=round(expert_mb * 1e6))
+    memory_R = tuple(int(gigabytes * 1e9) for gigabytes in memory)
+    return replace(machine, memory_R=memory_R, expert_bytes=round(expert_mb * 1e6))
 
 
 def numbers(text: str, option: str, count: int = 0) -> list[float]:
@@ -115,6 +118,7 @@ class Wanted:
     groups: int
     strict_groups: bool
     group_price: float
+    tolerate: int
     tail: float
     fan_out: float
     node_worth: float
@@ -132,7 +136,7 @@ class Wanted:
             return self.planner
         if self.balance_cap < math.inf and trace.follow_LEE is not None:
             return "affinity"
-        return "robust" if trace.windows > 1 and not self.groups else "packed"
+        return "robust" if trace.windows > 1 and not self.groups and not self.tolerate else "packed"
 
     def refuse_ignored(self, name: str) -> None:
         """An option that this planner would pass over in silence."""
@@ -144,11 +148,14 @@ class Wanted:
         for option in ("strict-groups", "group-price"):
             if option in self.given and not self.groups:
                 raise ValueError(f"--{option} needs --groups")
+        if self.groups and self.tolerate:
+            raise ValueError("--groups keeps an expert on one node, --tolerate 1 on two; give one of them")
 
 
 # The planners that listen to an option.
 FOR = {
     "groups": ("packed",),
+    "tolerate": ("packed",),
     "tail": ("robust",),
     "scenarios": ("robust", "affinity"),
     "fan-out": ("affinity",),
@@ -162,10 +169,12 @@ def planner(wanted: Wanted, trace: LoadTrace) -> Planner:
     name, seed = wanted.named(trace), wanted.seed
     wanted.refuse_ignored(name)
     packed = Packed(seed=seed)
-    if wanted.groups and wanted.strict_groups:
-        return StrictGroups(groups=wanted.groups, packed=packed)
+    if wanted.tolerate:
+        return Tolerant(failures=wanted.tolerate, packed=packed)
     if wanted.groups:
-        return PricedGroups(groups=wanted.groups, price=wanted.group_price, packed=packed)
+        strict = StrictGroups(groups=wanted.groups, packed=packed)
+        priced = PricedGroups(groups=wanted.groups, price=wanted.group_price, packed=packed)
+        return strict if wanted.strict_groups else priced
     if name == "robust":
         return Robust(tail=wanted.tail, most_scenarios=wanted.scenarios or Robust.most_scenarios, seed=seed)
     if name == "affinity":

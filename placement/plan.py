@@ -164,8 +164,9 @@ class Plan:
             held_R = (placement.expert_RS != EMPTY).sum(axis=1)
             if (over := np.flatnonzero(held_R > np.array(topology.slots_R))).size:
                 rank = int(over[0])
+                held = f", as its memory holds {topology.held_R[rank]}" if topology.memory_R else ""
                 raise ValueError(
-                    f"layer {layer} puts {held_R[rank]} experts on rank {rank} of {topology.slots_R[rank]} slots"
+                    f"layer {layer} puts {held_R[rank]} experts on rank {rank} of {topology.slots_R[rank]} slots{held}"
                 )
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 from placement.arrays import BoolArray, FloatArray, IntArray
 from placement.bounds import peak_bound_L
 from placement.certify import certified
+from placement.copies import require_room
 from placement.greedy import Packed
 from placement.joint import hand_overs
 from placement.metrics import peak_over_mean_L, require_same_shape
@@ -45,6 +46,7 @@ class Rebalance:
         require_same_shape(self.start, trace.layers, trace.num_experts)
         if self.start.ranks != topology.ranks:
             raise ValueError(f"the plan has {self.start.ranks} ranks, the topology {topology.ranks}; plan anew")
+        require_room(trace.num_experts, topology)
         replace(self.start, topology=topology)  # refuses a topology that has lost slots which the plan fills
         made: Provenance = {
             "planner": "rebalance",

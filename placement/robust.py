@@ -95,7 +95,7 @@ class Robust:
         envelope_LE = risk(load_LKE.transpose(0, 2, 1), self.tail)
         copies_LE = apportion(envelope_LE, topology)
         table = pack(copies_LE, load_LKE, topology, self.tail)
-        table = _Swaps(table, load_LKE, topology, self.tail).run(self.most_swaps)
+        table = Swaps(table, load_LKE, topology, self.tail).run(self.most_swaps)
         enough_L = self._enough_L(load_LKE, topology)
         active = np.arange(len(table))
         for _ in range(HAND_OVERS):
@@ -106,7 +106,7 @@ class Robust:
             active = np.array(handed, dtype=np.int64)
             if not active.size:
                 break
-            table[active] = _Swaps(table[active], load_LKE[active], topology, self.tail).run(50)
+            table[active] = Swaps(table[active], load_LKE[active], topology, self.tail).run(50)
         return table
 
 
@@ -118,7 +118,7 @@ def scenario_peaks(table: IntArray, load_LKE: FloatArray, topology: Topology) ->
     return peak_LK
 
 
-class _Swaps:
+class Swaps:
     """Tables under swaps that lower the risk of a layer; changes in place."""
 
     def __init__(self, expert_LRS: IntArray, load_LKE: FloatArray, topology: Topology, tail: float) -> None:

@@ -34,15 +34,15 @@ def size(
 ) -> tuple[Size, ...]:
     """Packed plans for each number of ranks and of spare slots (slots beyond one an expert, of all ranks together).
 
-    machine gives the links and the ranks per node; its own slots and speeds are not used.
+    machine gives the links and the ranks per node; its own slots, speeds and memory are not used.
     """
     found = []
     for count in ranks:
         for extra in spare:
             if extra < 0 or count < 1:
                 raise ValueError(f"ranks must be at least 1 and spare slots at least 0; got {count} and {extra}")
-            dealt = Topology.sharing(
-                slots=trace.num_experts + extra, ranks=count, ranks_per_node=machine.ranks_per_node
+            dealt = Topology.fitting(
+                num_experts=trace.num_experts, ranks=count, ranks_per_node=machine.ranks_per_node, spare=extra
             )
             topology = replace(dealt, within_node=machine.within_node, across_nodes=machine.across_nodes)
             plan = Packed()(trace, topology)

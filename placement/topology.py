@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 
@@ -36,7 +36,8 @@ class Topology:
 
     slots_R: expert slots of each rank; ranks may differ, and a rank may have none.
     speed_R: rows a rank computes in the time that a rank of speed 1 computes one; all 1 where not given.
-    memory_R: bytes each rank can spend on the experts of one layer; empty where memory does not bind.
+    memory_R: bytes each rank can spend on the experts of one layer, of expert_bytes each; empty and 0 where memory does
+    not bind. slots_R is cut here to what memory holds, so that whoever reads slots_R, every planner, keeps to it.
     """
 
     slots_R: tuple[int, ...]
@@ -45,6 +46,7 @@ class Topology:
     across_nodes: Link = INFINIBAND
     speed_R: tuple[float, ...] = ()
     memory_R: tuple[int, ...] = ()
+    expert_bytes: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slots_R", tuple(int(slots) for slots in self.slots_R))
@@ -55,10 +57,19 @@ class Topology:
         speed_R = tuple(float(speed) for speed in self.speed_R) or (1.0,) * len(self.slots_R)
         object.__setattr__(self, "speed_R", speed_R)
         object.__setattr__(self, "memory_R", tuple(int(memory) for memory in self.memory_R))
+        object.__setattr__(self, "expert_bytes", int(self.expert_bytes))
         if len(speed_R) != self.ranks or not all(0 < speed < math.inf for speed in speed_R):
             raise ValueError(f"speed_R needs one number > 0 for each of {self.ranks} ranks; got {self.speed_R}")
         if self.memory_R and (len(self.memory_R) != self.ranks or min(self.memory_R) < 0):
             raise ValueError(f"memory_R needs one number >= 0 for each of {self.ranks} ranks; got {self.memory_R}")
+        if bool(self.memory_R) != (self.expert_bytes > 0) or self.expert_bytes < 0:
+            raise ValueError(
+                f"memory_R and expert_bytes, at least 1, need each other: how much there is, and how much an expert "
+                f"takes; got {self.memory_R} and {self.expert_bytes}"
+            )
+        if self.memory_R:
+            fits_R = tuple(min(pair) for pair in zip(self.slots_R, self.held_R, strict=True))
+            object.__setattr__(self, "slots_R", fits_R)
 
     @classmethod
     def even(cls, *, ranks: int, slots: int, ranks_per_node: int) -> Self:
@@ -68,17 +79,15 @@ class Topology:
         return cls(slots_R=(slots,) * ranks, ranks_per_node=ranks_per_node)
 
     @classmethod
-    def fitting(cls, *, num_experts: int, ranks: int, ranks_per_node: int) -> Self:
-        """Just enough slots for one copy of each expert; the first ranks take one more where it does not divide."""
+    def fitting(cls, *, num_experts: int, ranks: int, ranks_per_node: int, spare: int = 0) -> Self:
+        """Just enough slots for one copy of each expert, and so many to spare; the first ranks take one more where they
+        do not divide."""
         if ranks < 1:
             raise ValueError(f"a topology needs at least 1 rank; got {ranks}")
-        few, more = divmod(num_experts, ranks)
+        if num_experts < 0 or spare < 0:
+            raise ValueError(f"num_experts and spare slots must be >= 0; got {num_experts} and {spare}")
+        few, more = divmod(num_experts + spare, ranks)
         return cls(slots_R=tuple(few + (rank < more) for rank in range(ranks)), ranks_per_node=ranks_per_node)
-
-    @classmethod
-    def sharing(cls, *, slots: int, ranks: int, ranks_per_node: int) -> Self:
-        """A number of slots dealt over the ranks; the first ranks take one more where it does not divide."""
-        return cls.fitting(num_experts=slots, ranks=ranks, ranks_per_node=ranks_per_node)
 
     def fields(self) -> dict[str, Any]:
         """Plain values for JSON; read takes them back."""
@@ -93,20 +102,17 @@ class Topology:
             across_nodes=Link(**fields["across_nodes"]),
             speed_R=tuple(fields["speed_R"]),
             memory_R=tuple(fields["memory_R"]),
+            expert_bytes=int(fields.get("expert_bytes", 0)),
         )
-
-    def holding(self, *, expert_bytes: int) -> Self:
-        """The same machine with no more slots on a rank than its memory has room for."""
-        if expert_bytes < 1:
-            raise ValueError(f"an expert has at least 1 byte; got {expert_bytes}")
-        if not self.memory_R:
-            return self
-        room_R = (memory // expert_bytes for memory in self.memory_R)
-        return replace(self, slots_R=tuple(min(pair) for pair in zip(self.slots_R, room_R, strict=True)))
 
     @property
     def ranks(self) -> int:
         return len(self.slots_R)
+
+    @property
+    def held_R(self) -> tuple[int, ...]:
+        """The experts that each rank's memory holds; empty where memory does not bind."""
+        return tuple(memory // self.expert_bytes for memory in self.memory_R)
 
     @property
     def slots(self) -> int:

@@ -25,30 +25,32 @@ def transport(gain_BNR: FloatArray, room_R: Sequence[int]) -> IntArray:
     gain = np.concatenate([gain_BNR, np.zeros((problems, 1, ranks))], axis=1)
     item_BRS = np.full((problems, ranks, seats), items, dtype=np.int64)
     taken_BR = np.zeros((problems, ranks), dtype=np.int64)
+    step_BRR = np.full((problems, ranks, ranks), np.inf)
+    seat_BRR = np.zeros((problems, ranks, ranks), dtype=np.int64)
     b = np.arange(problems)
     rounding = float(np.abs(gain_BNR).max(initial=0.0)) * 1e-12
     for item in range(items):
-        step_BRR, seat_BRR = _replacements(gain, item_BRS, items)
         cost_BR, before_BR = _cheapest_chains(-gain[:, item], step_BRR, rounding)
         end_B = np.where(taken_BR < room, cost_BR, np.inf).argmin(axis=1)
-        _walk_back(item_BRS, taken_BR, seat_BRR, before_BR, end_B=end_B, item=item)
+        b_N, rank_N = _walk_back(item_BRS, taken_BR, seat_BRR, before_BR, end_B=end_B, item=item)
+        # Only ranks on a chain have other people on their seats than before.
+        step_BRR[b_N, rank_N], seat_BRR[b_N, rank_N] = _replacements(gain, item_BRS[b_N, rank_N], b_N, rank_N, items)
     rank_BN = np.zeros((problems, items + 1), dtype=np.int64)
     for rank in range(ranks):
         rank_BN[b[:, None], item_BRS[:, rank]] = rank
     return rank_BN[:, :items]
 
 
-def _replacements(gain: FloatArray, item_BRS: IntArray, nobody: int) -> tuple[FloatArray, IntArray]:
-    """(step[b, g, h], seat[b, g, h]): what the cheapest move of someone from rank g to h costs, and who moves."""
-    problems, ranks, _ = item_BRS.shape
-    b = np.arange(problems)[:, None, None]
-    gain_BRSR = gain[b, item_BRS]
-    here = np.take_along_axis(gain_BRSR, np.arange(ranks)[None, :, None, None], axis=3)
-    cost_BRSR = here - gain_BRSR
-    cost_BRSR[item_BRS == nobody] = np.inf
-    seat_BRR = cost_BRSR.argmin(axis=2)
-    step_BRR = np.take_along_axis(cost_BRSR, seat_BRR[:, :, None], axis=2)[:, :, 0]
-    return step_BRR, seat_BRR
+def _replacements(
+    gain: FloatArray, item_NS: IntArray, b_N: IntArray, rank_N: IntArray, nobody: int
+) -> tuple[FloatArray, IntArray]:
+    """(step[n, h], seat[n, h]): what the cheapest move of someone from rank n to h costs, and who moves."""
+    gain_NSR = gain[b_N[:, None], item_NS]
+    cost_NSR = gain_NSR[np.arange(len(b_N)), :, rank_N][:, :, None] - gain_NSR
+    cost_NSR[item_NS == nobody] = np.inf
+    seat_NR = cost_NSR.argmin(axis=1)
+    step_NR: FloatArray = cost_NSR.min(axis=1)
+    return step_NR, seat_NR
 
 
 def _cheapest_chains(direct_BR: FloatArray, step_BRR: FloatArray, rounding: float) -> tuple[FloatArray, IntArray]:
@@ -73,19 +75,22 @@ def _cheapest_chains(direct_BR: FloatArray, step_BRR: FloatArray, rounding: floa
 
 def _walk_back(
     item_BRS: IntArray, taken_BR: IntArray, seat_BRR: IntArray, before_BR: IntArray, *, end_B: IntArray, item: int
-) -> None:
-    """Move everyone on the chain one rank on, from its end, and seat the item at its start."""
+) -> tuple[IntArray, IntArray]:
+    """Move everyone on the chain one rank on, from its end, and seat the item at its start; (problem, rank) touched."""
     b = np.arange(len(end_B))
     rank_B, seat_B = end_B, taken_BR[b, end_B]
     taken_BR[b, end_B] += 1
     active = b
+    touched = []
     for _ in range(before_BR.shape[1]):
+        touched.append((active, rank_B))
         giver = before_BR[active, rank_B]
         starts = giver < 0
         item_BRS[active[starts], rank_B[starts], seat_B[starts]] = item
         active, rank_B, seat_B, giver = active[~starts], rank_B[~starts], seat_B[~starts], giver[~starts]
         if not active.size:
-            return
+            problem_N, rank_N = (np.concatenate(part) for part in zip(*touched, strict=True))
+            return problem_N, rank_N
         moved_seat = seat_BRR[active, giver, rank_B]
         item_BRS[active, rank_B, seat_B] = item_BRS[active, giver, moved_seat]
         rank_B, seat_B = giver, moved_seat

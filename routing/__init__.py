@@ -7,30 +7,41 @@ from routing.assigner import Assigner, AtHome
 from routing.assignment import Assignment, Loan
 from routing.balancer import Balancer, Unpriced
 from routing.bip import Bip
-from routing.capacity import Drop, Dropless
+from routing.capacity import Capacity, Drop, Dropless
 from routing.choice import NOWHERE, Choice
 from routing.cutoff import Cutoff
-from routing.dual import dual_gap
+from routing.dual import dual_change, dual_gap, dual_value, kept_score
+from routing.expert_choice import ExpertChoice
 from routing.forced import ForcedRouter, forced_experts
+from routing.interior import optimize
 from routing.least_loaded import BreakEven, LeastLoaded, Worth
+from routing.least_loaded_on_device import LeastLoadedOnDevice
 from routing.loss_free import LossFree
 from routing.losses import GlobalLoss, GShardLoss, Loss, SequenceLoss, SwitchLoss, ZLoss
+from routing.mask_ratio import Constant, MaskRatio, Share
 from routing.metrics import Balance, max_vio, over_layers, rank_peak, rank_share, readings
+from routing.nearest_copy import NearestCopy
 from routing.quantile import EdgeQuantile, Quantile
+from routing.replay import Flips, RouteLog, Routes, flips, record_routes, replay_routes
 from routing.router import Router, check_routing
 from routing.schedule import Sparsify
-from routing.scores import Score, Sigmoid, Softmax, at_least_fp32
-from routing.select import Rows, Select, Tokens, TopK
+from routing.scores import Cosine, Score, Sigmoid, Softmax, SqrtSoftplus, at_least_fp32
+from routing.select import Rows, Select, Tokens, TopK, token_major
 from routing.sinkhorn import Sinkhorn
 from routing.sinks import Console, JsonLines, Sink, TensorBoard
 from routing.tally import Tally
+from routing.threshold import Threshold
+from routing.waterfill import Waterfill
 from routing.weigh import Weigh
 
 __all__ = [
-    "NOWHERE", "Assigner", "Assignment", "AtHome", "Balance", "Balancer", "Bip", "BreakEven", "Choice", "Console",
-    "Cutoff", "Drop", "Dropless", "EdgeQuantile", "ForcedRouter", "GShardLoss", "GlobalLoss", "JsonLines",
-    "LeastLoaded", "Loan", "Loss", "LossFree", "Quantile", "Router", "Rows", "Score", "Select", "SequenceLoss",
-    "Sigmoid", "Sink", "Sinkhorn", "Softmax", "Sparsify", "SwitchLoss", "Tally", "TensorBoard", "Tokens", "TopK",
-    "Unpriced", "Weigh", "Worth", "ZLoss", "at_least_fp32", "check_routing", "dual_gap", "forced_experts", "max_vio",
-    "over_layers", "rank_peak", "rank_share", "readings",
+    "NOWHERE", "Assigner", "Assignment", "AtHome", "Balance", "Balancer", "Bip", "BreakEven", "Capacity", "Choice",
+    "Console", "Constant", "Cosine", "Cutoff", "Drop", "Dropless", "EdgeQuantile", "ExpertChoice", "Flips",
+    "ForcedRouter", "GShardLoss", "GlobalLoss", "JsonLines", "LeastLoaded", "LeastLoadedOnDevice", "Loan", "Loss",
+    "LossFree", "MaskRatio", "NearestCopy", "Quantile", "RouteLog", "Router", "Routes", "Rows", "Score", "Select",
+    "SequenceLoss", "Share", "Sigmoid", "Sink", "Sinkhorn", "Softmax", "Sparsify", "SqrtSoftplus", "SwitchLoss",
+    "Tally", "TensorBoard", "Threshold", "Tokens", "TopK", "Unpriced", "Waterfill", "Weigh", "Worth", "ZLoss",
+    "at_least_fp32", "check_routing", "dual_change", "dual_gap", "dual_value", "flips", "forced_experts",
+    "kept_score", "max_vio", "optimize", "over_layers", "rank_peak", "rank_share", "readings", "record_routes",
+    "replay_routes", "token_major",
 ]  # fmt: skip

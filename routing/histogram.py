@@ -58,10 +58,11 @@ class Histogram:
     def ends(self, count_EB: Tensor, rank: Tensor) -> Ends:
         """From where to where `rank` values of each expert lie above, less its centre, as if a bin's lay even in it.
 
-        0 < rank < the values of each. Empty bins make the two ends differ, as between two neighbouring values.
+        0 < rank < the values of each, or the ends are no numbers. Empty bins make the two ends differ, as between two
+        neighbouring values.
         """
         edge_B = self.edges(count_EB.device)
-        above_EB = count_EB.flip(1).cumsum(1).flip(1)
+        above_EB = count_EB.long().flip(1).cumsum(1).flip(1)  # of floats, a GPU's is not deterministic
         above_EB = torch.cat([above_EB, torch.zeros_like(above_EB[:, :1])], dim=1)
         first_E = (above_EB > rank).sum(dim=1, keepdim=True).clamp(1, self.bins)
         last_E = (above_EB >= rank).sum(dim=1, keepdim=True).clamp(1, self.bins)
@@ -73,7 +74,6 @@ class Histogram:
 def _within(above_EB: Tensor, edge_B: Tensor, right_E: Tensor, rank: Tensor) -> Tensor:
     """Where `rank` values lie above, in the bin that ends at edge right_E."""
     below_E, above_E = above_EB.gather(1, right_E - 1), above_EB.gather(1, right_E)
-    inside_E = below_E - above_E
-    share_E = torch.where(inside_E > 0, (below_E - rank) / inside_E, 0.0)
+    share_E = (below_E - rank) / (below_E - above_E)
     left_E, width_E = edge_B[right_E - 1], edge_B[right_E] - edge_B[right_E - 1]
-    return (left_E + share_E.clamp(0, 1) * width_E).squeeze(1)
+    return (left_E + share_E * width_E).squeeze(1)

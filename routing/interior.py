@@ -90,7 +90,6 @@ def _start(score_TE: Tensor, price_E: Tensor, top_k: int, mask_TE: Tensor, pairs
     p_T = token_ends(score_TE - price_E, top_k).middle
     gain_TE = score_TE - p_T[:, None] - price_E
     spread = SPREAD * (2 * (gain_TE.square() * mask_TE).sum() / pairs).sqrt()
-    spread = spread.clamp(min=1e-9 * (1 + score_TE.abs().sum() / pairs))
     x_TE = torch.full_like(score_TE, top_k / score_TE.shape[1])
     return _Point(p_T, price_E, x_TE, 1 - x_TE, (-gain_TE).clamp(min=0) + spread, gain_TE.clamp(min=0) + spread)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
 from routing.choice import NOWHERE, Choice
@@ -41,7 +41,7 @@ class SwitchLoss(_Coefficient, Loss):
     """f of this rank's micro-batch: the smaller the batch, the stricter."""
 
     def __call__(self, choice: Choice, pool_E: Tensor | None) -> Tensor:
-        return self.coefficient * _without_padding(_scores(choice) @ _shares(choice.wanted_E, choice), choice)
+        return self.coefficient * _tax(choice, _shares(choice.wanted_E, choice))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,7 @@ class GShardLoss(_Coefficient, Loss):
         if choice.top_k is None:
             raise ValueError("GShardLoss counts first choices; this selector has none: use SwitchLoss")
         first_T = rearrange(choice.wanted_N, "(t k) -> t k", k=choice.top_k)[:, 0]
-        return self.coefficient * _without_padding(
-            _scores(choice) @ _shares(_count(first_T[None], choice)[0], choice), choice
-        )
+        return self.coefficient * _tax(choice, _shares(_count(first_T[None], choice)[0], choice))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +63,9 @@ class SequenceLoss(_Coefficient, Loss):
         expert_TK = choice.score_TE.detach().topk(choice.k, dim=-1).indices
         if choice.valid_T is not None:
             expert_TK = expert_TK.where(choice.valid_T[:, None], NOWHERE)
-        expert_BN = rearrange(expert_TK, "(b s) k -> b (s k)", s=max(choice.length, 1))
-        share_BE = _shares(_count(expert_BN, choice), choice)
-        score_BSE = rearrange(_scores(choice), "(b s) e -> b s e", s=max(choice.length, 1))
-        cost_T = torch.einsum("bse,be->bs", score_BSE, share_BE).reshape(-1)
-        return self.coefficient * _without_padding(cost_T, choice)
+        length = max(choice.length, 1)
+        share_BE = _shares(_count(rearrange(expert_TK, "(b s) k -> b (s k)", s=length), choice), choice)
+        return self.coefficient * _tax(choice, repeat(share_BE, "b e -> (b s) e", s=length))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +81,7 @@ class GlobalLoss(_Coefficient, Loss):
     def __call__(self, choice: Choice, pool_E: Tensor | None) -> Tensor:
         if pool_E is None:
             raise ValueError("GlobalLoss needs the loads of the whole step; give it to a MoE layer, or hand it pool_E")
-        return self.coefficient * _without_padding(_scores(choice) @ _shares(pool_E, choice), choice)
+        return self.coefficient * _tax(choice, _shares(pool_E, choice))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +92,13 @@ class ZLoss(_Coefficient, Loss):
         return self.coefficient * _without_padding(choice.logit_TE.logsumexp(dim=-1).square(), choice)
 
 
-def _scores(choice: Choice) -> Tensor:
-    """The scores of each token, over their sum."""
-    return choice.score_TE / (choice.score_TE.sum(dim=-1, keepdim=True) + 1e-20)
+def _tax(choice: Choice, share: Tensor) -> Tensor:
+    """What each token's scores, over their sum, cost at these shares, [E] or [T, E]. -> cost_T
+
+    Not as a matrix product: autocast would compute that in bf16.
+    """
+    score_TE = choice.score_TE / (choice.score_TE.sum(dim=-1, keepdim=True) + 1e-20)
+    return _without_padding((score_TE * share).sum(dim=-1), choice)
 
 
 def _shares(load_E: Tensor, choice: Choice) -> Tensor:

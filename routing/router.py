@@ -14,7 +14,7 @@ from routing.choice import NOWHERE, Choice
 from routing.metrics import mean_score
 from routing.schedule import Sparsify
 from routing.scores import Score, Softmax, at_least_fp32
-from routing.select import Rows, Select, Tokens, TopK
+from routing.select import Rows, Select, Tokens, TopK, check_tokens
 from routing.weigh import Weigh
 
 _STAT = "stat_"
@@ -76,8 +76,8 @@ class Router(nn.Module):
     def step(self) -> int:
         """How often the prices were settled. Read from the device only after somebody else wrote the buffer."""
         seen = self._step_seen
-        if seen is None or seen[0] is not self.settled or seen[1] != self.settled._version:
-            seen = self._step_seen = (self.settled, self.settled._version, int(self.settled))
+        if seen is None or seen[0] is not self.settled or seen[1] != _version(self.settled):
+            seen = self._step_seen = (self.settled, _version(self.settled), int(self.settled))
         return seen[2]
 
     @property
@@ -101,6 +101,7 @@ class Router(nn.Module):
         """valid_T: False for padding, which goes nowhere. rows: choose these again instead of deciding anew. length,
         ratio_B: of sequences, as in Tokens; without a length the tokens are one sequence."""
         tokens = Tokens(valid_T, x_TD.shape[0] if length is None else length, ratio_B)
+        check_tokens(tokens, x_TD.shape[0])
         if valid_T is not None:  # whatever padding holds, NaN included, must not reach a gradient
             x_TD = x_TD.where(valid_T[:, None], 0.0)
         if self.training and self.jitter:
@@ -144,7 +145,7 @@ class Router(nn.Module):
         rows = self.select_rows(score_TE - quoted_E, tokens)
         if tokens.valid_T is not None:
             rows = rows._replace(expert_N=rows.expert_N.where(tokens.valid_T[rows.token_N], NOWHERE))
-        return self.drop(rows, score_TE, luck_TE), quoted_E
+        return self.drop(rows, score_TE, luck_TE, self.top_k, tokens), quoted_E
 
     def select_rows(self, priced_TE: Tensor, tokens: Tokens) -> Rows:
         return self.select(priced_TE, self.top_k, tokens)
@@ -166,7 +167,11 @@ class Router(nn.Module):
         for stat in stats.values():
             stat.zero_()
         self.settled += 1
-        self._step_seen = (self.settled, self.settled._version, step + 1)
+        self._step_seen = (self.settled, _version(self.settled), step + 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, whose buffers count their versions anew."""
+        return self.__dict__ | {"_step_seen": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the buffers with the module, but never change their types: a bf16 price stops moving at 0.5."""
@@ -180,13 +185,18 @@ class Router(nn.Module):
         return module  # type: ignore[no-any-return]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Prices of another balancer are welcome; the statistics of its unfinished step mean nothing to this one."""
+        """Prices of another balancer are welcome; the statistics of its unfinished step mean nothing to this one. All
+        of them: tokens whose scores it did not see must not count, either."""
         wanted = {prefix + _STAT + name: stat for name, stat in self.stats.items()}
-        for key in _stat_keys(state_dict, prefix):
-            if key not in wanted or state_dict[key].shape != wanted[key].shape:
+        saved = [key for key in state_dict if key.startswith(prefix + _STAT)]
+        if {key: state_dict[key].shape for key in saved} != {key: stat.shape for key, stat in wanted.items()}:
+            for key in saved:
                 del state_dict[key]
-        for key, stat in wanted.items():
-            state_dict.setdefault(key, torch.zeros_like(stat))
+            device = state_dict.get(prefix + "price_E", self.price_E).device
+            state_dict |= {key: torch.zeros_like(stat, device=device) for key, stat in wanted.items()}
+        for name, buffer in self.named_buffers():  # load_state_dict(assign=True) would take any type
+            if (key := prefix + name) in state_dict:
+                state_dict[key] = state_dict[key].to(buffer.dtype)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
@@ -206,5 +216,6 @@ def check_routing(
         balancer.check(num_experts, k)
 
 
-def _stat_keys(state_dict: dict[str, Any], prefix: str) -> list[str]:
-    return [key for key in state_dict if key.startswith(prefix + _STAT)]
+def _version(tensor: Tensor) -> int:
+    """How often it was written in place; tensors made in inference mode do not count."""
+    return -1 if tensor.is_inference() else tensor._version

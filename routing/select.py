@@ -31,6 +31,23 @@ class Tokens(NamedTuple):
     ratio_B: Tensor | None = None
 
 
+def check_tokens(tokens: Tokens, num_tokens: int) -> None:
+    """Raise ValueError unless it tells of so many tokens. Reads shapes, never values."""
+    valid_T, length, ratio_B = tokens
+    if valid_T is not None and (valid_T.dtype != torch.bool or valid_T.shape != (num_tokens,)):
+        raise ValueError(f"valid_T must be bool and {[num_tokens]}; got {valid_T.dtype} and {list(valid_T.shape)}")
+    if not num_tokens:
+        return
+    if length < 1 or num_tokens % length:
+        raise ValueError(f"{num_tokens} tokens are no whole sequences of length={length}")
+    shape = (num_tokens // length,)
+    if ratio_B is not None and (not ratio_B.is_floating_point() or ratio_B.shape != shape):
+        raise ValueError(
+            f"ratio_B must be floating point and {list(shape)}, one for each sequence of {length} tokens; "
+            f"got {ratio_B.dtype} and {list(ratio_B.shape)}"
+        )
+
+
 class Select(Protocol):
     def __call__(self, priced_TE: Tensor, top_k: int, tokens: Tokens) -> Rows:
         """priced_TE, the scores less the prices -> rows. Those of padding need not be told: the Router will."""

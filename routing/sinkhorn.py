@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from routing.dual import check_top_k, count_tokens, or_standing
+from routing.dual import check_top_k, or_standing
 from routing.mean_of_quotes import MeanOfQuotes
 
 
@@ -42,15 +41,10 @@ class Sinkhorn(MeanOfQuotes):
         if top_k == num_experts or num_tokens == 0:
             return price_E
         heat_TE = score_TE.detach() / self.temperature
-        capacity = count_tokens(num_tokens, valid_T) * top_k / num_experts
-        log_capacity = math.log(capacity) if isinstance(capacity, float) else capacity.log()
-        if valid_T is not None:
-            heat_TE = heat_TE.where(valid_T[:, None], 0.0)
         quoted_E = price_E.to(heat_TE.dtype) / self.temperature
-        for _ in range(self.rounds):
-            token_price_T = (heat_TE - quoted_E).logsumexp(dim=1) - math.log(top_k)
-            margin_TE = heat_TE - token_price_T[:, None]
+        for _ in range(self.rounds):  # K and C would only shift all prices
+            margin_TE = heat_TE - (heat_TE - quoted_E).logsumexp(dim=1, keepdim=True)
             if valid_T is not None:
                 margin_TE = margin_TE.masked_fill(~valid_T[:, None], float("-inf"))
-            quoted_E = margin_TE.logsumexp(dim=0) - log_capacity
+            quoted_E = margin_TE.logsumexp(dim=0)
         return or_standing(self.shift(quoted_E * self.temperature), price_E, valid_T)

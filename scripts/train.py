@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,12 @@ BALANCE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is trained, and for how long. sequences: of a step, over all ranks."""
+    """What is trained, and for how long. sequences: of a step, over all ranks and micro-batches."""
 
     shape: Shape
     steps: int
     sequences: int = 16
+    micro_batches: int = 1
     seed: int = 0
     rate: float = 3e-3
     warm_up: int = 50
@@ -79,8 +81,10 @@ class Trainer:
 
     def __init__(self, run: Run, group: Group) -> None:
         peers = Peers.of(group)
-        if run.sequences % peers.size:
-            raise ValueError(f"{run.sequences} sequences a step do not divide over {peers.size} ranks")
+        if run.sequences % (peers.size * run.micro_batches):
+            raise ValueError(
+                f"{run.sequences} sequences a step do not divide over {peers.size} ranks x {run.micro_batches} turns"
+            )
         torch.manual_seed(run.seed)
         self.run, self.group, self.peers = run, group, peers
         self.model = Bytes(run.shape, group)
@@ -98,10 +102,14 @@ class Trainer:
             settings["lr"] = run.rate * min((self.step + 1) / run.warm_up, _cosine(self.step / run.steps))
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + self.step)  # the same batch on any ranks
         byte_BT, next_BT = batch_of(text, run.sequences, run.shape.length, generator)
-        own = slice(self.peers.rank, None, self.peers.size)
-        loss = F.cross_entropy(self.outside(byte_BT[own]).flatten(0, 1), next_BT[own].flatten())
         self.optimizer.zero_grad()
-        charge(self.model, loss).backward()  # type: ignore[no-untyped-call]
+        total = torch.zeros(())
+        for micro in range(run.micro_batches):
+            own = slice(self.peers.rank + micro * self.peers.size, None, self.peers.size * run.micro_batches)
+            with self.unsynchronised(micro < run.micro_batches - 1):
+                loss = F.cross_entropy(self.outside(byte_BT[own]).flatten(0, 1), next_BT[own].flatten())
+                torch.autograd.backward(charge(self.model, loss) / run.micro_batches)
+            total += loss.detach() / (run.micro_batches * self.peers.size)
         average_expert_grads(self.model, self.group)
         clip_grad_norm(self.model, 1.0)
         self.optimizer.step()
@@ -109,9 +117,14 @@ class Trainer:
         self.meters.read(self.step)
         self.step += 1
         self.seconds += time.perf_counter() - start
-        loss = loss.detach() / self.peers.size
-        sum_over([loss], self.peers)
-        return loss
+        sum_over([total], self.peers)
+        return total
+
+    def unsynchronised(self, wanted: bool) -> AbstractContextManager[None]:
+        """DDP reduces gradients after the last micro-batch alone."""
+        if wanted and isinstance(self.outside, DistributedDataParallel):
+            return self.outside.no_sync()
+        return nullcontext()
 
     @torch.no_grad()
     def perplexity(self, text: Tensor, batches: int = 32) -> float:
@@ -223,6 +236,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--sequences", type=int, default=16, help="of a step, over all ranks")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step, on each rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reroute", action="store_true", help="least-loaded rerouting between ranks")
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -230,7 +244,13 @@ def main() -> None:
     shape = small(arguments.balance, experts=arguments.experts, top_k=arguments.top_k)
     if arguments.reroute:
         shape = replace(shape, moe=replace(shape.moe, assigner=LeastLoaded()))
-    run = Run(shape=shape, steps=arguments.steps, sequences=arguments.sequences, seed=arguments.seed)
+    run = Run(
+        shape=shape,
+        steps=arguments.steps,
+        sequences=arguments.sequences,
+        micro_batches=arguments.micro_batches,
+        seed=arguments.seed,
+    )
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if "RANK" in os.environ:
         dist.init_process_group()

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,15 @@ COMMANDS = [
     for line in re.findall(rf"^\s*((?:python|torchrun) \S.*?{path.name})", path.read_text(), re.MULTILINE)
 ]
 
+NEEDS = {"06_hugging_face.py": "transformers"}
 
-def run(command: list[str]) -> str:
+
+def run(command: Sequence[str]) -> str:
+    return output(tuple(command))
+
+
+@cache  # several tests read what an example printed
+def output(command: tuple[str, ...]) -> str:
     module = ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, *module, *command[1:]]
@@ -34,12 +43,21 @@ def test_every_example_says_how_to_run_it() -> None:
 
 @pytest.mark.parametrize("name, command", COMMANDS, ids=[" ".join([*command[:1], name]) for name, command in COMMANDS])
 def test_the_example_runs(name: str, command: list[str]) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed; pip install 'evenmoe[dev]'")
     assert run(command).strip()
 
 
 def test_the_drop_in_example_trains_alike_on_one_process_and_on_four() -> None:
     alone, together = (run(command) for name, command in COMMANDS if name == "01_drop_in.py")
     assert alone == together
+
+
+def test_the_hugging_face_example_trains_alike_on_one_process_and_on_two() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed; pip install 'evenmoe[dev]'")
+    alone, together = (run(command) for name, command in COMMANDS if name == "06_hugging_face.py")
+    assert together.startswith(alone)
+    assert together.count("of the checkpoint") == 2
 
 
 def test_the_demo_proves_what_it_shows(tmp_path: Path) -> None:

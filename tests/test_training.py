@@ -67,7 +67,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_sequences_that_do_not_divide_over_the_ranks_are_refused(world: Callable[[int], World]) -> None:
     errors = world(2).run(refusal, replace(tiny("none"), sequences=3))
-    assert all("3 sequences a step do not divide over 2 ranks" in error for error in errors)
+    assert all("3 sequences a step do not divide over 2 ranks x 1 turns" in error for error in errors)
 
 
 def refusal(run: Run) -> str:

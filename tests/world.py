@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moe import MoE, MoEConfig, reference
 from moe.comm import Peers, sum_over
 from placement import Placement
 from routing import Assignment, AtHome
+
+KINDS = ["none", "reentrant", "non-reentrant", "nested", "selective"]
+
+
+def save_top_k(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = op in (torch.ops.aten.topk.default, torch.ops.aten.mm.default)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def run(kind: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), under activation checkpointing of this kind."""
+    if kind == "none":
+        return function(x)
+    if kind == "nested":
+        inner = partial(checkpoint, function, use_reentrant=False)
+        return checkpoint(inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+    if kind == "selective":
+        contexts = partial(create_selective_checkpoint_contexts, save_top_k)
+        return checkpoint(function, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+    return checkpoint(function, x, use_reentrant=kind == "reentrant")  # type: ignore[no-any-return]
 
 
 class Seen(NamedTuple):
@@ -44,11 +65,15 @@ def against_reference(
     placement: Placement | None = None,
     recompute: str = "none",
     padded: bool = False,
+    length: int | None = None,
     group: Any = None,
     dtype: torch.dtype = torch.float64,
     seed: int = 1,
 ) -> Seen:
-    """Outputs and every gradient of this rank's layer, compared with the literal loop over everybody's tokens."""
+    """Outputs and every gradient of this rank's layer, compared with the literal loop over everybody's tokens.
+
+    length: tokens are sequences of so many, of which each has a masked share; else each rank's are one sequence.
+    """
     group = dist.group.WORLD if group is None else group
     layer, peers = build(config, group, placement, dtype), Peers.of(group)
     xs = tokens(config.dim, tokens_R, skew, dtype, seed)
@@ -58,14 +83,28 @@ def against_reference(
     seen: list[Assignment] = []
     layer.observe(lambda choice, assignment: seen.append(assignment))
 
-    x, valid = xs[peers.rank].clone().requires_grad_(), valids[peers.rank]
-    reentrant = recompute == "reentrant"
-    y = layer(x, valid) if recompute == "none" else checkpoint(layer, x, valid, use_reentrant=reentrant)
+    ratios = [torch.rand(len(x) // length, generator=generator) for x in xs] if length else [None] * len(xs)
+
+    x, valid, ratio = xs[peers.rank].clone().requires_grad_(), valids[peers.rank], ratios[peers.rank]
+
+    def call(x_TD: Tensor) -> Tensor:
+        if length is None:
+            return layer(x_TD, valid)  # type: ignore[no-any-return]
+        of_sequences = None if valid is None else valid.view(-1, length)
+        return layer(x_TD.view(-1, length, x_TD.shape[1]), of_sequences, ratio).view_as(x_TD)  # type: ignore[no-any-return]
+
+    torch.manual_seed(seed)  # for whatever is drawn by lot
+    y = run(recompute, call, x)
+    torch.manual_seed(seed + 1)
     (y * ws[peers.rank]).sum().backward()
 
     full = build(replace(config, assigner=AtHome()), None, None, dtype)
     x_all = torch.cat(xs).requires_grad_()
-    y_all = by_the_book(full, x_all, torch.cat(valids) if padded else None)  # type: ignore[arg-type]
+    parts = []
+    for x_TD, valid_T, ratio_B in zip(x_all.split([len(x) for x in xs]), valids, ratios):
+        torch.manual_seed(seed)
+        parts.append(by_the_book(full, x_TD, valid_T, length, ratio_B))
+    y_all = torch.cat(parts)
     (y_all * torch.cat(ws)).sum().backward()
 
     start = sum(len(other) for other in xs[: peers.rank])
@@ -85,9 +124,15 @@ def build(config: MoEConfig, group: Any, placement: Placement | None, dtype: tor
     return MoE(config, group, placement, dtype=torch.float64).to(dtype)
 
 
-def by_the_book(full: MoE, x_TD: Tensor, valid_T: Tensor | None = None) -> Tensor:
+def by_the_book(
+    full: MoE,
+    x_TD: Tensor,
+    valid_T: Tensor | None = None,
+    length: int | None = None,
+    ratio_B: Tensor | None = None,
+) -> Tensor:
     """One process's layer, with its experts run by `reference` on gradients of their own parameters."""
-    choice = full.router(x_TD, valid_T)
+    choice = full.router(x_TD, valid_T, length=length, ratio_B=ratio_B)
     state = {
         expert: {name: weight[slot] for name, weight in full.experts.named_parameters()}
         for slot, expert in enumerate(full.experts.expert_ids)

@@ -127,7 +127,9 @@ def _array(value: Any, name: str, path: Path, ndim: tuple[int, ...]) -> NDArray[
         array = np.array(value)
     except ValueError:
         raise ValueError(f"{path}: field '{name}' is ragged; expected rows of one length") from None
-    if array.dtype.kind not in "iufb" or array.ndim not in ndim:
+    if array.dtype.kind == "b":
+        raise ValueError(f"{path}: field '{name}' holds true and false; expected numbers")
+    if array.dtype.kind not in "iuf" or array.ndim not in ndim:
         dimensions = " or ".join(str(n) for n in ndim)
         raise ValueError(
             f"{path}: field '{name}' must be a table of numbers in {dimensions} dimensions; got shape {array.shape}, "

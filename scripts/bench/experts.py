@@ -107,7 +107,8 @@ class Bench:
             assignment = AtHome()(choice.load_E.numpy()[None], home)
             dispatch = Dispatch.of(choice, assignment, np.arange(load.experts).tolist(), peers)
             self.experts.compute = compute
-            return self.experts.visit(self.x_TD, weight_N, dispatch, self.experts.stack(), none)
+            y_TD: Tensor = self.experts(self.x_TD, weight_N, dispatch, self.experts.stack(), none)
+            return y_TD
 
         return run
 

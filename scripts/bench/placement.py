@@ -89,14 +89,16 @@ def loads() -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
     }
 
 
+def machine(slots: int, ranks: int, ranks_per_node: int) -> Topology:
+    """Slots for 256 experts and their copies, dealt over the ranks."""
+    return Topology.fitting(num_experts=256, ranks=ranks, ranks_per_node=ranks_per_node, spare=slots - 256)
+
+
 def against_eplb(eplb: Table, repeats: int, compare_speed: bool) -> None:
     body: list[tuple[Any, ...]] = []
     for name, load_LE in loads().items():
         for slots, ranks in ((288, 32), (320, 64), (288, 72), (288, 64)):
-            trace, topology = (
-                LoadTrace(load_WLE=load_LE[None]),
-                Topology.sharing(slots=slots, ranks=ranks, ranks_per_node=8),
-            )
+            trace, topology = LoadTrace(load_WLE=load_LE[None]), machine(slots, ranks, 8)
             ours, theirs, peak = [], [], float("nan")
             for _ in range(repeats):
                 plan, seconds = timed(partial(Packed(), trace, topology))
@@ -123,7 +125,7 @@ def flat_peak(phy2log: Any, load_LE: Any, ranks: int) -> float:
 
 def priced_groups() -> None:
     trace = LoadTrace(load_WLE=loads()["lognormal 1"][None, :12])
-    topology = Topology.sharing(slots=320, ranks=64, ranks_per_node=16)
+    topology = machine(320, 64, 16)
     body: list[tuple[Any, ...]] = []
     planners: dict[str, Planner] = {"flat": Packed(), "strict": StrictGroups(groups=8)}
     planners |= {f"price {price}": PricedGroups(groups=8, price=price) for price in (0.02, 0.1, 0.5)}
@@ -138,7 +140,7 @@ def drift() -> None:
     random = np.random.default_rng(1)
     before = LoadTrace(load_WLE=loads()["lognormal 1"][None, :12])
     after = LoadTrace(load_WLE=before.load_WLE * random.lognormal(0, 0.25, before.load_WLE.shape))
-    topology = Topology.sharing(slots=288, ranks=32, ranks_per_node=8)
+    topology = machine(288, 32, 8)
     start, anew = Packed()(before, topology), Packed()(after, topology)
     body: list[tuple[Any, ...]] = []
     plans = {f"budget {most}": Rebalance(start=start, most_moves=most)(after, topology) for most in (8, 16, 32, 60)}
@@ -182,7 +184,9 @@ def hops(data: Path) -> None:
         }
         if trace.windows > 1:
             planners["cap 1.05 in each task"] = Affinity(balance_cap=1.05, most_scenarios=trace.windows)
-        body = [(what, *hop_scores(planner, trace)) for what, planner in planners.items()]
+        body = [(what, *hop_scores(planner, trace, 8)) for what, planner in planners.items()]
+        for what, fan in (("cap 1.05, told of the nodes", 0.0), ("the same, and fan-out", 1.0)):
+            body.append((what, *hop_scores(Affinity(balance_cap=1.05, fan_out=fan), trace, 4)))
         head = (
             "",
             "hops that stay",
@@ -196,10 +200,10 @@ def hops(data: Path) -> None:
         rows(f"{name}: hops on 8 ranks", head, body)
 
 
-def hop_scores(planner: Planner, trace: LoadTrace) -> tuple[Any, ...]:
+def hop_scores(planner: Planner, trace: LoadTrace, ranks_per_node: int) -> tuple[Any, ...]:
     assert trace.follow_LEE is not None
     assert trace.expert_TLK is not None
-    topology = Topology.even(ranks=8, slots=trace.num_experts // 8, ranks_per_node=8)
+    topology = Topology.even(ranks=8, slots=trace.num_experts // 8, ranks_per_node=ranks_per_node)
     plan, seconds = timed(lambda: planner(trace, topology))
     bound = plan.provenance.get("local_bound", "-")
     worst = float(peak_over_mean_L(plan, trace.load_LE, topology).max())

@@ -1,10 +1,11 @@
 """Claim: which balancer is best at what, by training the same model with each.
 
-    python -m scripts.bench.training -o out/training             # hours on one core; goes on where it stopped
+    python -m scripts.bench.training -o out/training             # an hour on one core; goes on where it stopped
     python -m scripts.bench.training -o out/training --steps 50  # a look
 
 Every run is one of scripts.train in one process; held-out perplexity is a byte's, MaxVio of a step the mean over
-layers. The time of a step is measured apart, candidates in turn, as a ratio to the loss-controlled method, `switch`.
+layers. switch-4 and global-4 take their step in four micro-batches: in one, the two losses are the same. The time of a
+step is measured apart, candidates in turn, as a ratio to the loss-controlled method, `switch`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,35 +26,49 @@ from scripts.bench.table import machine, median_ratio, rounds
 from scripts.text import split_by_file
 from scripts.train import BALANCE, Run, Trainer, small, train
 
-SIZES = {"16x4": (16, 4, (0, 1, 2)), "64x8": (64, 8, (0,))}
+
+class Size(NamedTuple):
+    experts: int
+    top_k: int
+    steps: int
+    seeds: tuple[int, ...]
+
+
+SIZES = {"16x4": Size(16, 4, 700, (0, 1, 2)), "64x8": Size(64, 8, 500, (0,))}
+METHODS = {name: (name, 1) for name in BALANCE if name != "global"}
+METHODS |= {"switch-4": ("switch", 4), "global-4": ("global", 4)}
 PAPER = "switch"
+
+
+def run_of(method: str, size: Size, *, steps: int, seed: int = 0) -> Run:
+    balance, micro_batches = METHODS[method]
+    shape = small(balance, experts=size.experts, top_k=size.top_k)
+    return Run(shape=shape, steps=steps, seed=seed, micro_batches=micro_batches)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, help="fewer than the 700 and 500 of the table")
     parser.add_argument("--rounds", type=int, default=15, help="of the timing, two steps each")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     print(machine())
     for size in arguments.sizes:
-        experts, top_k, seeds = SIZES[size]
-        for seed in seeds:
-            for balance in BALANCE:
-                run = Run(shape=small(balance, experts=experts, top_k=top_k), steps=arguments.steps, seed=seed)
-                folder = arguments.output / size / balance / str(seed)
+        for seed in SIZES[size].seeds:
+            for method in METHODS:
+                folder = arguments.output / size / method / str(seed)
                 if not (folder / "result.json").exists():
+                    run = run_of(method, SIZES[size], steps=arguments.steps or SIZES[size].steps, seed=seed)
                     train(Trainer(run, None), folder)
-        print_table(size, arguments.output / size, step_ratios(experts, top_k, arguments.rounds))
+        print_table(size, arguments.output / size, step_ratios(SIZES[size], arguments.rounds))
     draw(arguments.output, arguments.sizes)
 
 
-def step_ratios(experts: int, top_k: int, count: int) -> dict[str, float]:
+def step_ratios(size: Size, count: int) -> dict[str, float]:
     """Time of a step by that of `switch`. "again" is `switch` a second time: how far from 1 chance alone takes it."""
     text, _ = split_by_file()
-    balances = {name: name for name in BALANCE} | {"again": PAPER}
 
     def timed(trainer: Trainer) -> float:
         start = time.perf_counter()
@@ -62,8 +77,8 @@ def step_ratios(experts: int, top_k: int, count: int) -> dict[str, float]:
         return time.perf_counter() - start
 
     candidates: dict[str, Callable[[], float]] = {
-        name: partial(timed, Trainer(Run(shape=small(balance, experts=experts, top_k=top_k), steps=1000), None))
-        for name, balance in balances.items()
+        name: partial(timed, Trainer(run_of(method, size, steps=1000), None))
+        for name, method in ({name: name for name in METHODS} | {"again": PAPER}).items()
     }
     seconds = rounds(candidates, count)
     return {name: median_ratio(seconds[name], seconds[PAPER]) for name in candidates}
@@ -74,10 +89,10 @@ def print_table(size: str, folder: Path, ratio: dict[str, float]) -> None:
     print("| | perplexity | at standing prices | AvgMaxVio | SupMaxVio | first 10 steps | step time |")
     print("|-|-|-|-|-|-|-|")
     columns = ("perplexity", "perplexity_standing", "avg_max_vio", "sup_max_vio", "first_max_vio")
-    for balance in BALANCE:
-        results = [json.loads(path.read_text()) for path in sorted((folder / balance).glob("*/result.json"))]
+    for method in METHODS:
+        results = [json.loads(path.read_text()) for path in sorted((folder / method).glob("*/result.json"))]
         cells = [_cell([result[name] for result in results]) for name in columns]
-        print(f"| {balance} | {' | '.join(cells)} | {ratio[balance]:.3f} |")
+        print(f"| {method} | {' | '.join(cells)} | {ratio[method]:.3f} |")
     print(f"\n`switch` against itself: {ratio['again']:.3f}")
 
 
@@ -90,10 +105,10 @@ def draw(folder: Path, sizes: list[str]) -> None:
 
     figure, axes = plt.subplots(1, len(sizes), figsize=(6 * len(sizes), 4), squeeze=False)
     for axis, size in zip(axes[0], sizes):
-        for balance in BALANCE:
-            axis.plot(*_curve(folder / size / balance / "0" / "log.jsonl"), label=balance, linewidth=1)
+        for method in METHODS:
+            axis.plot(*_curve(folder / size / method / "0" / "log.jsonl"), label=method, linewidth=1)
         axis.set(title=size.replace("x", " experts, k = "), xlabel="step", ylabel="MaxVio of the step", yscale="log")
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.tight_layout()
     figure.savefig(folder / "maxvio.png", dpi=110)
     print(f"\n{folder / 'maxvio.png'}")

@@ -51,6 +51,26 @@ def test_the_norm_counts_each_expert_once(world: Worlds, copies: bool, norm_type
         assert answer == pytest.approx(alone, rel=1e-12)
 
 
+@pytest.mark.parametrize("norm_type", [2.0, 3.0, float("inf")])
+def test_the_norm_is_the_same_to_the_bit_wherever_experts_live(world: Worlds, norm_type: float) -> None:
+    norms_of = [world(3).run(_norm_of_fixed_gradients, norm_type, seed) for seed in range(4)]
+    assert len({norm for norms in norms_of for norm in norms}) == 1
+
+
+def _norm_of_fixed_gradients(norm_type: float, seed: int) -> float:
+    random = np.random.default_rng(seed)
+    expert_RS = np.full((3, 6), -1)
+    for slot, rank in enumerate(random.integers(3, size=6)):
+        expert_RS[rank, slot] = slot
+    config = MoEConfig(dim=6, hidden=4, num_experts=6, top_k=2, bias=True)
+    layer = MoE(config, world_group(), Placement(expert_RS=expert_RS))
+    for weight in layer.experts.parameters():
+        weight.grad = torch.zeros_like(weight)
+        for slot, expert in enumerate(layer.experts.expert_ids):
+            weight.grad[slot] = torch.randn(weight.shape[1:], generator=torch.Generator().manual_seed(expert))
+    return grad_norm(layer, norm_type).item()
+
+
 @pytest.mark.fast
 def test_one_process_has_torchs_own_norm() -> None:
     net = nn.Sequential(MoE(MoEConfig(dim=6, hidden=4, num_experts=6, top_k=2)), nn.Linear(6, 6)).double()

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moe import GELU, MoEConfig, ReLU2, SwiGLU, World
 from placement import Placement
-from routing import Assigner, AtHome, BreakEven, LeastLoaded, Sigmoid, TopK, Weigh
+from routing import Assigner, AtHome, BreakEven, LeastLoaded, NearestCopy, Sigmoid, TopK, Waterfill, Weigh
 from tests.world import Seen, against_reference
 
 LEAST = LeastLoaded(headroom=1.0)
@@ -129,9 +129,15 @@ def _padded(settings: MoEConfig, tokens_R: Sequence[int]) -> Seen:
 
 
 COPIES = Placement(expert_RS=np.array([[0, 1, 2, 3], [4, 5, 0, 1], [6, 0, -1, -1], [7, 3, 6, -1]]))
+SPLITS = {
+    "home": AtHome(),
+    "least": LEAST,
+    "nearest": NearestCopy(node_R=(0, 0, 1, 1)),
+    "waterfill": Waterfill(node_R=(0, 0, 1, 1)),
+}
 
 
-@pytest.mark.parametrize("assigner", [AtHome(), LEAST], ids=["home", "least"])
+@pytest.mark.parametrize("assigner", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("skew", [1.0, 20.0])
 def test_copies_compute_and_get_the_whole_gradient(world: Worlds, assigner: Assigner, skew: float) -> None:
     """Copies that start equal stay equal only if each gets the gradient of all."""

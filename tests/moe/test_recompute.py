@@ -18,25 +18,7 @@ from torch.utils.checkpoint import (
 from moe import MoE, MoEConfig, World
 from moe.comm import world_group
 from routing import Choice, LeastLoaded
-
-KINDS = ["none", "reentrant", "non-reentrant", "nested", "selective"]
-
-
-def save_top_k(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = op in (torch.ops.aten.topk.default, torch.ops.aten.mm.default)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def run(kind: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if kind == "none":
-        return function(x)
-    if kind == "nested":
-        inner = partial(checkpoint, function, use_reentrant=False)
-        return checkpoint(inner, x, use_reentrant=False)  # type: ignore[no-any-return]
-    if kind == "selective":
-        contexts = partial(create_selective_checkpoint_contexts, save_top_k)
-        return checkpoint(function, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
-    return checkpoint(function, x, use_reentrant=kind == "reentrant")  # type: ignore[no-any-return]
+from tests.world import KINDS, run
 
 
 class Unsteady(nn.Module):

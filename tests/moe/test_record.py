@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moe import MoE, MoEConfig, Recorder
+from routing import Capacity, Drop, Dropless, ExpertChoice, Select, TopK
 
 pytestmark = pytest.mark.fast
 
@@ -59,3 +60,22 @@ def test_a_trace_needs_windows_and_layers() -> None:
         recorder.trace()
     with pytest.raises(ValueError, match="no MoE layer"):
         Recorder(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("select, drop", [(ExpertChoice(), Dropless()), (TopK(), Capacity(factor=0.7))])
+def test_rows_of_any_shape_are_recorded(select: Select, drop: Drop) -> None:
+    """Experts that choose, and experts that drop, leave tokens with any number of rows, or none."""
+    torch.manual_seed(0)
+    layer = MoE(MoEConfig(dim=6, hidden=4, num_experts=8, top_k=2, select=select, drop=drop))
+    loads = []
+    layer.observe(lambda choice, assignment: loads.append(choice.load_E))
+    with Recorder(layer) as recorder:
+        for length in (5, 16):
+            layer(torch.randn(2, length, 6) + torch.randn(6))
+            recorder.end_window()
+    trace = recorder.trace()
+    assert trace.load_WLE[:, 0].tolist() == torch.stack(loads).tolist()
+    assert trace.expert_TLK is not None
+    for experts in trace.expert_TLK[:, 0].tolist():
+        kept = [expert for expert in experts if expert >= 0]
+        assert len(set(kept)) == len(kept) > 0

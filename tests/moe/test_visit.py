@@ -115,7 +115,7 @@ class Case:
     def ours(self) -> Tensor:
         choice = self.choice()
         own, none = self.experts.stack(), none_of(self.experts)
-        return self.experts.visit(self.x_TD, choice.weight_N, alone(choice), own, none)
+        return self.experts(self.x_TD, choice.weight_N, alone(choice), own, none)
 
     def literal(self) -> Tensor:
         return literal(self.x_TD, self.choice(), self.experts)
@@ -234,7 +234,7 @@ def test_only_what_enters_the_activations_is_kept(compute: Any) -> None:
     given = [x_TD, weight_TK, *experts.parameters()]
     rows = tokens * top_k
     h_bytes = rows * 2 * hidden * 2
-    assert kept_bytes(lambda: experts.visit(x_TD, choice.weight_N, dispatch, own, none), given) == h_bytes
+    assert kept_bytes(lambda: experts(x_TD, choice.weight_N, dispatch, own, none), given) == h_bytes
 
     def grouped() -> Tensor:
         end_A = torch.tensor(dispatch.rows_A).cumsum(0).to(torch.int32)
@@ -246,7 +246,7 @@ def test_only_what_enters_the_activations_is_kept(compute: Any) -> None:
 
     assert kept_bytes(grouped, given) >= 2 * h_bytes
     with torch.no_grad():
-        assert kept_bytes(lambda: experts.visit(x_TD, choice.weight_N, dispatch, own, none), given) == 0
+        assert kept_bytes(lambda: experts(x_TD, choice.weight_N, dispatch, own, none), given) == 0
 
 
 def test_no_gradient_of_a_gradient_is_invented() -> None:

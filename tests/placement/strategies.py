@@ -51,6 +51,17 @@ def choices(seed: int, *, tokens: int, layers: int, experts: int, top_k: int, fo
     return LoadTrace.from_choices(expert_TLK, num_experts=experts)
 
 
+def coactive(seed: int, *, tokens: int, layers: int, experts: int, top_k: int, bands: int) -> LoadTrace:
+    """A generated trace in which the experts of a band are chosen together; bands differ by layer."""
+    random = np.random.default_rng(seed)
+    band_LE = np.stack([random.permutation(np.arange(experts) % bands) for _ in range(layers)])
+    own_TLE = random.integers(bands, size=(tokens, layers, 1)) == band_LE
+    chance_TLE = np.where(own_TLE, 0.8 * bands / experts, 0.2 / (experts - experts // bands))
+    # The top k of log p + Gumbel noise are k draws without replacement.
+    drawn_TLE = np.log(chance_TLE) + random.gumbel(size=chance_TLE.shape)
+    return LoadTrace.from_choices(np.argsort(-drawn_TLE, axis=2)[:, :, :top_k], num_experts=experts)
+
+
 def drawn_loads(seed: int, *, windows: int = 1, layers: int = 4, experts: int = 32, spread: float = 1.0) -> LoadTrace:
     """Lognormal loads; windows of one trace wander from a common mean."""
     random = np.random.default_rng(seed)

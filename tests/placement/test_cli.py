@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from placement import LoadTrace, Plan, merge
+from placement import LoadTrace, Plan, console, merge
 from placement.cli import app
 from tests.placement.strategies import choices, drawn_loads
 
@@ -168,7 +168,10 @@ def test_groups_are_priced_or_strict(tmp_path: Path, trace: Path) -> None:
         ),
         (("--groups", "5", "--planner", "packed"), "32 experts do not divide into 5 groups"),
         (("--speed", "1,2"), "--speed needs 4 numbers"),
-        (("--memory-gb", "0.07", "--expert-mb", "10"), "32 experts do not fit 4 ranks with 28 slots in all"),
+        (
+            ("--memory-gb", "0.07", "--expert-mb", "10"),
+            "28 slots in all, where no rank has more slots than its memory holds experts of 10000000 bytes",
+        ),
         (("--memory-gb", "1"), "--memory-gb needs --expert-mb"),
         (("--slots", "1000000000"), "--slots must be from 0 to 65536"),
         (("--memory-gb", "nan", "--expert-mb", "1"), "--memory-gb must be finite numbers; got 'nan'"),
@@ -284,6 +287,21 @@ def test_times_say_what_was_measured_and_what_was_modelled(tmp_path: Path, trace
     assert sizes[0]["expert_bytes"] == 16 * 3 * (3 * 2048 * 1408 * 2)
     advice = facts("advise", trace, "--nodes", 1, "--ranks-per-node", 4)
     assert advice["choice"] in {option["name"] for option in advice["options"]}
+
+
+@pytest.mark.parametrize("columns", [80, 30])
+def test_a_table_cuts_nothing_off_however_narrow_the_terminal(
+    trace: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setattr(console.OUT, "width", columns)
+    advice = facts("advise", trace, "--ranks-per-node", 4, "--slots", 9)
+    said = run("advise", trace, "--ranks-per-node", 4, "--slots", 9)
+    assert "…" not in said
+    for option in advice["options"]:
+        assert {option["name"], f"{1e6 * option['seconds']:.4g}", f"{option['peak_over_mean']:.4g}"} <= set(
+            said.split()
+        )
+    assert columns < 80 or all(len(line) <= columns for line in said.splitlines() if line[:1] in "┏┃┡│└")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from placement.bounds import CLOSED_FORM
 from placement.certify import verify
 from placement.ilp import Ilp, IlpWhole
 from placement.metrics import local_share, peak_over_mean_L
-from placement.names import named, slowest, slowness_RR
+from placement.rank_names import named, slowest, slowness_RR
 from placement.solver import Solved
 from tests.placement.contracts import assert_keeps_the_planner_contract
 from tests.placement.strategies import choices, drawn_loads, loads, topologies

@@ -46,7 +46,7 @@ def test_the_flashlb_example_is_solved_to_its_optimum() -> None:
 
 def test_288_slots_on_64_ranks_are_dealt_unevenly_and_balance() -> None:
     trace = drawn_loads(0, layers=6, experts=256)
-    topology = Topology.sharing(slots=288, ranks=64, ranks_per_node=8)
+    topology = Topology.fitting(num_experts=256, ranks=64, ranks_per_node=8, spare=32)
     assert sorted(topology.slots_R) == [4] * 32 + [5] * 32
     plan = assert_keeps_the_planner_contract(Packed(), trace, topology)
     assert max(certificate.peak_over_mean for certificate in plan.certificate_L) <= 1.05
@@ -55,7 +55,8 @@ def test_288_slots_on_64_ranks_are_dealt_unevenly_and_balance() -> None:
 @pytest.mark.parametrize("ranks, most", [(32, 1.001), (64, 1.005), (72, 1.01)])
 def test_plans_of_a_large_model_are_close_to_their_bound(ranks: int, most: float) -> None:
     trace = drawn_loads(1, layers=4, experts=256, spread=0.6)
-    plan = Packed()(trace, Topology.sharing(slots={64: 320}.get(ranks, 288), ranks=ranks, ranks_per_node=8))
+    spare = {64: 64}.get(ranks, 32)
+    plan = Packed()(trace, Topology.fitting(num_experts=256, ranks=ranks, ranks_per_node=8, spare=spare))
     assert np.mean([certificate.peak_over_mean for certificate in plan.certificate_L]) <= most
 
 

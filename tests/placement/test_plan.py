@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,19 @@ def test_a_plan_must_fit_its_topology() -> None:
 
 
 def test_topologies_deal_slots_and_respect_memory() -> None:
-    assert Topology.sharing(slots=10, ranks=4, ranks_per_node=2).slots_R == (3, 3, 2, 2)
-    roomy = Topology(slots_R=(4, 4), ranks_per_node=2, memory_R=(100, 35))
-    assert roomy.holding(expert_bytes=10).slots_R == (4, 3)
-    assert Topology.read(roomy.fields()) == roomy
+    assert Topology.fitting(num_experts=8, ranks=4, ranks_per_node=2, spare=2).slots_R == (3, 3, 2, 2)
+    cut = Topology(slots_R=(4, 4), ranks_per_node=2, memory_R=(100, 35), expert_bytes=10)
+    assert cut.slots_R == (4, 3)
+    assert replace(cut, slots_R=(9, 9)).slots_R == (9, 3)
+    assert Topology.read(cut.fields()) == cut
     with pytest.raises(ValueError, match="speed_R needs one number > 0 for each of 2 ranks"):
         Topology(slots_R=(1, 1), ranks_per_node=1, speed_R=(1.0, 0.0))
     with pytest.raises(ValueError, match="memory_R needs one number >= 0"):
-        Topology(slots_R=(1, 1), ranks_per_node=1, memory_R=(5,))
+        Topology(slots_R=(1, 1), ranks_per_node=1, memory_R=(5,), expert_bytes=1)
+    halves: list[dict[str, Any]] = [{"memory_R": (5, 5)}, {"expert_bytes": 5}, {"memory_R": (5, 5), "expert_bytes": -1}]
+    for half in halves:
+        with pytest.raises(ValueError, match="memory_R and expert_bytes, at least 1, need each other"):
+            Topology(slots_R=(1, 1), ranks_per_node=1, **half)
     with pytest.raises(ValueError, match="latency >= 0 s and bandwidth > 0"):
         Link(latency=float("nan"), bandwidth=1.0)
 

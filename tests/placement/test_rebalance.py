@@ -31,7 +31,7 @@ def drift(seed: int) -> tuple[LoadTrace, LoadTrace, Topology]:
     before = drawn_loads(seed, layers=6, experts=256, spread=1.0)
     random = np.random.default_rng(seed + 1)
     after = LoadTrace(load_WLE=before.load_WLE * random.lognormal(0.0, 0.25, before.load_WLE.shape))
-    return before, after, Topology.sharing(slots=288, ranks=32, ranks_per_node=8)
+    return before, after, Topology.fitting(num_experts=256, ranks=32, ranks_per_node=8, spare=32)
 
 
 def test_32_fetches_a_layer_follow_a_drift_that_costs_a_quarter() -> None:
@@ -56,7 +56,7 @@ def test_a_bad_start_is_improved_on_the_very_trace_that_it_was_made_from() -> No
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_an_unchanged_load_moves_nothing(planner: Planner, scale: float) -> None:
     before = drawn_loads(1, windows=3, layers=4, experts=64)
-    topology = Topology.sharing(slots=72, ranks=8, ranks_per_node=8)
+    topology = Topology.fitting(num_experts=64, ranks=8, ranks_per_node=8, spare=8)
     start = planner(before, topology)
     plan = Rebalance(start=start, most_moves=64)(LoadTrace(load_WLE=before.load_WLE * scale), topology)
     assert moves_L(start, plan).sum() == 0
@@ -83,12 +83,12 @@ def test_a_start_of_other_ranks_is_refused() -> None:
     before, after, topology = drift(2)
     start = Packed()(before, topology)
     with pytest.raises(ValueError, match="the plan has 32 ranks, the topology 64"):
-        Rebalance(start=start, most_moves=1)(after, Topology.sharing(slots=288, ranks=64, ranks_per_node=8))
+        Rebalance(start=start, most_moves=1)(after, Topology.even(ranks=64, slots=5, ranks_per_node=8))
 
 
 def test_a_topology_that_lost_slots_which_the_plan_fills_is_refused() -> None:
     before, after, topology = drift(3)
     start = Packed()(before, topology)
-    smaller = Topology.sharing(slots=256, ranks=32, ranks_per_node=8)
+    smaller = Topology.even(ranks=32, slots=8, ranks_per_node=8)
     with pytest.raises(ValueError, match="layer 0 puts 9 experts on rank 0 of 8 slots"):
         Rebalance(start=start, most_moves=1)(after, smaller)

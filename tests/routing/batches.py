@@ -128,3 +128,19 @@ def crumbs(draw: st.DrawFn) -> tuple[Batch, int]:
         load_E += [rows - small, small]
         home_E += [rank, rank]
     return Batch(scattered(load_E, len(home_R), 0), at_homes(home_E, len(home_R))), chunk
+
+
+@st.composite
+def copied_batches(draw: st.DrawFn, max_ranks: int = 8) -> tuple[Batch, tuple[int, ...]]:
+    """Any graph of copies, sparse or dense, under any load, and the node of each rank: blocks, mixed or one."""
+    ranks, experts, seed = draw(st.integers(1, max_ranks)), draw(st.integers(1, 12)), draw(st.integers(0, 2**16))
+    density, most = draw(st.sampled_from([0.1, 0.3, 0.8])), draw(st.sampled_from([1, 9, 5000]))
+    rng = np.random.default_rng(seed)
+    held_RE = rng.random((ranks, experts)) < density
+    held_RE[rng.integers(0, ranks, experts), np.arange(experts)] = True
+    load_E = (
+        (most + 1) * rng.random(experts) ** rng.choice([0.2, 1.0, 6.0]) * (rng.random(experts) < rng.random() + 0.3)
+    )
+    batch = Batch(scattered(load_E.astype(np.int64).tolist(), ranks, seed), placed(held_RE))
+    node_R = draw(st.sampled_from([[], [rank // 2 for rank in range(ranks)], rng.integers(-2, 2, ranks).tolist()]))
+    return batch, tuple(node_R)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routing import Choice, TopK
+from routing import Choice, Tokens, TopK
 from routing.balancer import Balancer
 
 NO_STEPS = torch.zeros((), dtype=torch.int64)
@@ -61,7 +61,7 @@ def unlike() -> list[Tensor]:
 
 def choose(score_TE: Tensor, price_E: Tensor, top_k: int, valid_T: Tensor | None = None) -> Choice:
     """The top-k at these prices, as the Router tells it."""
-    rows = TopK()(score_TE - price_E, top_k)
+    rows = TopK()(score_TE - price_E, top_k, Tokens(valid_T, len(score_TE)))
     expert_N = rows.expert_N if valid_T is None else rows.expert_N.where(valid_T[rows.token_N], -1)
     return Choice(
         token_N=rows.token_N,

@@ -41,6 +41,14 @@ def test_twice_the_tokens_are_the_same_excess() -> None:
         assert torch.equal(settled(balancer, [8, 2, 2, 5]), settled(balancer, [16, 4, 4, 10]))
 
 
+def test_tokens_that_want_nobody_leave_the_prices_finite() -> None:
+    """As can be when they choose by a threshold."""
+    stats = {"load_E": torch.zeros(3, dtype=torch.float64), "tokens": torch.tensor(5.0)}
+    for rule in ("sign", "proportional"):
+        moved_E = LossFree(rule=rule).settle(torch.ones(3), stats, 1, settled=torch.tensor(0))
+        assert moved_E.tolist() == [1.0, 1.0, 1.0]
+
+
 def test_the_step_decays_to_its_floor() -> None:
     balancer = LossFree(step=0.5, decay=0.5, floor=0.125)
     for steps, expected in ((0, 0.5), (3, 0.25), (15, 0.125), (10**6, 0.125)):

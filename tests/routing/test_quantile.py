@@ -90,6 +90,13 @@ def test_standing_prices_are_the_same_to_the_bit_however_tokens_are_spread(dtype
 
 
 @pytest.mark.fast
+def test_standing_prices_do_not_depend_on_what_each_batch_was_quoted() -> None:
+    parts, price_E = unlike(), torch.linspace(-0.2, 0.2, 16)
+    whole_E = settled_from(Quantile(), [torch.cat(parts)], price_E, 2)
+    assert torch.equal(step(Quantile(rounds=2, polish=1), parts, price_E, 2)[0], whole_E)
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", [Quantile, EdgeQuantile])
 @pytest.mark.parametrize("bins", [64, 256, 1000])
 def test_a_settled_step_is_a_round_on_all_tokens_to_within_a_bin(kind: type[Quantile], bins: int) -> None:

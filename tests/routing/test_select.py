@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing import Tokens, TopK
+from routing import Router, Rows, Sigmoid, Tokens, TopK
 from tests.routing.batches import LAW
 
 pytestmark = pytest.mark.fast
@@ -89,13 +89,13 @@ def test_rows_are_k_distinct_experts_for_each_token_in_token_order(selection: tu
 def test_a_group_is_worth_its_best_expert_or_its_two_best_together() -> None:
     """Group 0 has the best expert, group 1 the best pair, group 2 the best sum of all."""
     priced_TE = torch.tensor([[9.0, 0.0, 0.0, 8.0, 7.0, -9.0, 6.0, 6.0, 6.0]])
-    assert TopK(groups=3, keep=1, worth="max")(priced_TE, 1).expert_N.tolist() == [0]
-    assert TopK(groups=3, keep=1, worth="top2sum")(priced_TE, 1).expert_N.tolist() == [3]
+    assert TopK(groups=3, keep=1, worth="max")(priced_TE, 1, TOKENS).expert_N.tolist() == [0]
+    assert TopK(groups=3, keep=1, worth="top2sum")(priced_TE, 1, TOKENS).expert_N.tolist() == [3]
 
 
 def test_a_group_of_one_expert_is_worth_that_expert_even_as_a_pair() -> None:
     priced_TE = torch.tensor([[-3.0, -1.0, -2.0]])
-    assert TopK(groups=3, keep=2, worth="top2sum")(priced_TE, 2).expert_N.tolist() == [1, 2]
+    assert TopK(groups=3, keep=2, worth="top2sum")(priced_TE, 2, TOKENS).expert_N.tolist() == [1, 2]
 
 
 @LAW
@@ -112,6 +112,24 @@ def test_equal_scores_still_choose_distinct_experts_of_as_few_groups(select: Top
     for picks in picks_TK.tolist():
         assert len(set(picks)) == 3
         assert len({expert * select.groups // 8 for expert in picks}) <= select.keep
+
+
+@pytest.mark.parametrize("worth", ["max", "top2sum"])
+def test_a_price_below_which_every_score_lies_keeps_all_picks_in_the_best_groups(worth: Worth) -> None:
+    """A limit that put 0.0 on the other groups would then send every pick there."""
+    torch.manual_seed(0)
+    select = TopK(groups=8, keep=4, worth=worth)
+    router = Router(16, 64, 8, score=Sigmoid(), select=select)
+    router.price_E.fill_(1.2)
+    x_TD = torch.randn(512, 16)
+    choice = router(x_TD)
+    priced_TE = choice.score_TE.detach() - 1.2
+    assert (priced_TE < 0).all()
+    for priced_E, picks in zip(priced_TE.tolist(), choice.expert_TK.tolist()):
+        assert set(picks) <= best_by_sorting(priced_E, 8, select)[1]
+    router.price_E.copy_(12 * torch.randn(64))
+    again = router(x_TD, rows=Rows(choice.token_N, choice.expert_N, 8))
+    assert torch.equal(again.weight_N, choice.weight_N), "a weight saw a price"
 
 
 def test_no_tokens_choose_no_experts() -> None:

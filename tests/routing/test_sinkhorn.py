@@ -41,3 +41,4 @@ def test_it_goes_on_from_where_it_stands() -> None:
     for settled in range(10):
         price_E, _ = step(Sinkhorn(rounds=1), [score_TE], price_E, 4, settled)
     torch.testing.assert_close(price_E, quoted(Sinkhorn(rounds=10), score_TE, 4).float(), rtol=1e-4, atol=1e-6)
+    assert price_E.mean().abs() < 1e-6

@@ -1,0 +1,154 @@
+"""Claim: balancing costs little of a layer's forward, and several times less than the same rule by sorting.
+
+    python -m scripts.bench.router [--tokens 8192] [--experts 64] [--top-k 8] [--rounds 5]
+
+One layer of dim 1024 and hidden 512, one thread, CPU seconds of the process, so other work on the machine matters
+little. Router: gate, scores, prices, choice and statistics of one forward in training, without autograd, over the
+forward of the whole layer. Balancing: what of it a router without prices does not spend. By sorting: the same prices
+from full sorts, as the definition has them. "Again" is the router without prices a second time: the noise of this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moe import MoE, MoEConfig
+from routing import Balancer, Router, Unpriced
+from routing.bip import Bip
+from routing.cutoff import Cutoff
+from routing.loss_free import LossFree
+from routing.quantile import EdgeQuantile, Quantile
+from routing.sinkhorn import Sinkhorn
+from scripts.bench.table import median_ratio, rounds, show
+
+BALANCERS: dict[str, Balancer] = {
+    "no prices": Unpriced(),
+    "again": Unpriced(),
+    "LossFree": LossFree(),
+    "Bip, 2 rounds": Bip(rounds=2),
+    "Bip, 4 rounds": Bip(rounds=4),
+    "EdgeQuantile, 1 round": EdgeQuantile(rounds=1),
+    "Quantile, next step": Quantile(rounds=0),
+    "Quantile, 1 round": Quantile(rounds=1),
+    "Quantile, 4 rounds": Quantile(rounds=4),
+    "Quantile, 1 round, polish 12": Quantile(rounds=1, polish=12),
+    "Sinkhorn, 8 rounds": Sinkhorn(rounds=8),
+    "Cutoff": Cutoff(),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = MoEConfig(dim=1024, hidden=512, num_experts=arguments.experts, top_k=arguments.top_k)
+    for dtype in (torch.float32, torch.bfloat16):
+        measure(config, arguments.tokens, arguments.rounds, dtype)
+
+
+@torch.no_grad()
+def measure(config: MoEConfig, num_tokens: int, count: int, dtype: torch.dtype) -> None:
+    x_TD = torch.randn(num_tokens, config.dim, dtype=dtype)
+    layer = MoE(config, dtype=dtype)
+    routers = {name: built(config, balancer, dtype) for name, balancer in BALANCERS.items()}
+    score_TE = routers["no prices"](x_TD).score_TE
+    top_k = routers["no prices"].top_k
+    candidates = {
+        "layer": timed(lambda: layer(x_TD)),
+        "softmax, top-k": timed(lambda: softmax_top_k(score_TE, top_k)),
+    }
+    for name, router in routers.items():
+        candidates[name] = timed(partial(route, router, x_TD))
+    for name, balancer in BALANCERS.items():
+        if isinstance(balancer, Bip) or (isinstance(balancer, Quantile) and balancer.rounds and not balancer.polish):
+            candidates[f"{name}: quote"] = timed(quote(balancer, score_TE, top_k))
+            candidates[f"{name}: sorted"] = timed(sorted_quote(balancer, score_TE, top_k))
+    seconds = rounds(candidates, count)
+    rows = []
+    for name in BALANCERS:
+        spent = [mine - none for mine, none in zip(seconds[name], seconds["no prices"])]
+        rows.append(
+            [
+                name,
+                f"{median_ratio(seconds[name], seconds['layer']):.1%}",
+                f"{median_ratio(spent, seconds['layer']):.1%}",
+                median_ratio(seconds[name], seconds["softmax, top-k"]),
+                median_ratio(seconds[f"{name}: sorted"], seconds[f"{name}: quote"])
+                if f"{name}: sorted" in seconds
+                else "",
+            ]
+        )
+    heads = ["balancer", "router ÷ layer", "balancing ÷ layer", "router ÷ (softmax, top-k)", "by sorting ÷ quote"]
+    title = (
+        f"{num_tokens} tokens, {config.num_experts} experts, top-{config.top_k}, {str(dtype).removeprefix('torch.')}"
+    )
+    show(f"Router and balancer, forward, {title}", heads, rows)
+
+
+def built(config: MoEConfig, balancer: Balancer, dtype: torch.dtype) -> Router:
+    """The same router for all, but for its prices: some experts are popular."""
+    router = MoE(replace(config, balancer=balancer), dtype=dtype).router
+    generator = torch.Generator().manual_seed(0)
+    router.weight.copy_(torch.randn(router.weight.shape, generator=generator) * config.dim**-0.5)
+    router.price_E.copy_(torch.randn(config.num_experts, generator=generator) * 0.01)
+    return router
+
+
+def route(router: Router, x_TD: Tensor) -> None:
+    router.observe(router(x_TD))
+
+
+def timed(once: Callable[[], object]) -> Callable[[], float]:
+    def run() -> float:
+        start = time.process_time()
+        once()
+        return time.process_time() - start
+
+    return run
+
+
+def softmax_top_k(score_TE: Tensor, top_k: int) -> Tensor:
+    """What any router does: the scores again as logits, which costs the same."""
+    return score_TE.softmax(dim=1).topk(top_k, dim=1).values
+
+
+def quote(balancer: Balancer, score_TE: Tensor, top_k: int) -> Callable[[], Tensor]:
+    price_E, settled = torch.zeros(score_TE.shape[1]), torch.ones((), dtype=torch.int64)
+    return lambda: balancer.quote(score_TE, price_E, top_k, valid_T=None, settled=settled)
+
+
+def sorted_quote(balancer: Bip | Quantile, score_TE: Tensor, top_k: int) -> Callable[[], Tensor]:
+    """The rule by full sorts."""
+    capacity = len(score_TE) * top_k // score_TE.shape[1]
+
+    def pick(sorted_: Tensor, rank: int) -> Tensor:
+        if isinstance(balancer, Bip):
+            return sorted_.select(-1, rank).clamp(min=0)
+        if isinstance(balancer, EdgeQuantile):
+            return sorted_.select(-1, rank)
+        return (sorted_.select(-1, rank) + sorted_.select(-1, rank - 1)) / 2
+
+    def once() -> Tensor:
+        price_E = torch.zeros(score_TE.shape[1])
+        for _ in range(balancer.rounds):
+            token_price_T = pick((score_TE - price_E).sort(dim=1, descending=True).values, top_k)
+            price_E = pick((score_TE - token_price_T[:, None]).T.sort(dim=1, descending=True).values, capacity)
+        return price_E
+
+    return once
+
+
+if __name__ == "__main__":
+    main()
