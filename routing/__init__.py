@@ -20,6 +20,7 @@ from routing.loss_free import LossFree
 from routing.losses import GlobalLoss, GShardLoss, Loss, SequenceLoss, SwitchLoss, ZLoss
 from routing.mask_ratio import Constant, MaskRatio, Share
 from routing.metrics import Balance, max_vio, over_layers, rank_peak, rank_share, readings
+from routing.native import DECIDERS, Library, python_only
 from routing.nearest_copy import NearestCopy
 from routing.quantile import EdgeQuantile, Quantile
 from routing.replay import Flips, RouteLog, Routes, flips, record_routes, replay_routes
@@ -35,13 +36,13 @@ from routing.waterfill import Waterfill
 from routing.weigh import Weigh
 
 __all__ = [
-    "NOWHERE", "Assigner", "Assignment", "AtHome", "Balance", "Balancer", "Bip", "BreakEven", "Capacity", "Choice",
-    "Console", "Constant", "Cosine", "Cutoff", "Drop", "Dropless", "EdgeQuantile", "ExpertChoice", "Flips",
-    "ForcedRouter", "GShardLoss", "GlobalLoss", "JsonLines", "LeastLoaded", "LeastLoadedOnDevice", "Loan", "Loss",
-    "LossFree", "MaskRatio", "NearestCopy", "Quantile", "RouteLog", "Router", "Routes", "Rows", "Score", "Select",
-    "SequenceLoss", "Share", "Sigmoid", "Sink", "Sinkhorn", "Softmax", "Sparsify", "SqrtSoftplus", "SwitchLoss",
-    "Tally", "TensorBoard", "Threshold", "Tokens", "TopK", "Unpriced", "Waterfill", "Weigh", "Worth", "ZLoss",
-    "at_least_fp32", "check_routing", "dual_change", "dual_gap", "dual_value", "flips", "forced_experts",
-    "kept_score", "max_vio", "optimize", "over_layers", "rank_peak", "rank_share", "readings", "record_routes",
-    "replay_routes", "token_major",
+    "DECIDERS", "NOWHERE", "Assigner", "Assignment", "AtHome", "Balance", "Balancer", "Bip", "BreakEven", "Capacity",
+    "Choice", "Console", "Constant", "Cosine", "Cutoff", "Drop", "Dropless", "EdgeQuantile", "ExpertChoice", "Flips",
+    "ForcedRouter", "GShardLoss", "GlobalLoss", "JsonLines", "LeastLoaded", "LeastLoadedOnDevice", "Library", "Loan",
+    "Loss", "LossFree", "MaskRatio", "NearestCopy", "Quantile", "RouteLog", "Router", "Routes", "Rows", "Score",
+    "Select", "SequenceLoss", "Share", "Sigmoid", "Sink", "Sinkhorn", "Softmax", "Sparsify", "SqrtSoftplus",
+    "SwitchLoss", "Tally", "TensorBoard", "Threshold", "Tokens", "TopK", "Unpriced", "Waterfill", "Weigh", "Worth",
+    "ZLoss", "at_least_fp32", "check_routing", "dual_change", "dual_gap", "dual_value", "flips", "forced_experts",
+    "kept_score", "max_vio", "optimize", "over_layers", "python_only", "rank_peak", "rank_share", "readings",
+    "record_routes", "replay_routes", "token_major",
 ]  # fmt: skip
