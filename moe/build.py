@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from moe.blocks import KERNELS
 from routing import DECIDERS
 
-LIBRARIES = (DECIDERS,)
+LIBRARIES = (DECIDERS, KERNELS)
 
 
 def main() -> None:

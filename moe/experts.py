@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moe.activation import Activation, SwiGLU
-from moe.compute import Compute, Fastest, Stack
+from moe.compute import Compute, Fastest
+from moe.stack import Stack
 from moe.visit import Trip, visit
 
 

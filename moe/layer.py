@@ -15,12 +15,12 @@ from moe.batch import Batch, header, problem_of, raise_alike
 from moe.broadcast import keep_from_broadcast
 from moe.census import Pool
 from moe.comm import Group, Peers, gather_counts, lend, tie, visitors
-from moe.compute import Stack
 from moe.config import MoEConfig
 from moe.dispatch import Dispatch, upload
 from moe.experts import Experts, Shared
 from moe.levy import Levies, Slip
 from moe.recompute import Replays
+from moe.stack import Stack
 from placement import Placement, RoundRobin, Topology
 from routing import Assignment, Choice, Loan, Router, Rows
 

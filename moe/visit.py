@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.activation import Activation, linearise
-from moe.compute import Batch, Compute, Stack
+from moe.activation import Activation
+from moe.compute import Compute
+from moe.stack import Back, Batch, Rows, Stack
 from routing import at_least_fp32
 
 
@@ -93,7 +94,7 @@ class _Plan(NamedTuple):
         for which, stack in enumerate(stacks):
             mine, rows_A = rows_A[: len(stack.up)], rows_A[len(stack.up) :]
             if mine:
-                batches += [(which, batch) for batch in self.compute(mine, stack, start)]
+                batches += [(which, batch) for batch in self.compute(mine, stack, self.activation, start)]
             start += sum(mine)
         return batches
 
@@ -127,7 +128,6 @@ class _Visit(torch.autograd.Function):
         with torch.autocast(dy_TD.device.type, enabled=False):
             g_XD, weight_M = trip.go(dy_TD.contiguous(), None if weight_N is None else _wide(weight_N, dy_TD))
             back = _Backward(ctx.plan, wants, _stacks(weights), source_XD, g_XD, h_MF, weight_M)
-            back.run()
             if not (wants.x or wants.weight):
                 return None, None, None, *back.grads
             # The gradient of the weight travels with that of x wherever x wants one: its own wish is not every rank's.
@@ -146,7 +146,7 @@ class _Wants(NamedTuple):
 def _forward(plan: _Plan, source_XD: Tensor, stacks: Sequence[Stack]) -> tuple[Tensor, Tensor | None]:
     """-> results with room, and h if it is to be kept. A lone batch's own tensors are taken as they are."""
     trip, batches, (fan_hidden, dim) = plan.trip, plan.batches(stacks), (stacks[0].up.shape[1], stacks[0].down.shape[1])
-    num_rows = sum(trip.rows_A)
+    num_rows, x = sum(trip.rows_A), Rows(source_XD, trip.index_M)
     result_XD = h_MF = None
     if len(batches) != 1 or trip.room:
         result_XD = source_XD.new_empty(num_rows + trip.room, dim)
@@ -154,10 +154,14 @@ def _forward(plan: _Plan, source_XD: Tensor, stacks: Sequence[Stack]) -> tuple[T
         h_MF = source_XD.new_empty(num_rows, fan_hidden)
     h = result = None
     for which, batch in batches:
-        stack, rows = stacks[which], batch.rows
-        h = batch.times(_pick(source_XD, trip, rows), stack.up, stack.up_bias, None if h_MF is None else h_MF[rows])
-        place = None if result_XD is None else result_XD[rows]
-        result = batch.times(plan.activation(h), stack.down, stack.down_bias, place)
+        h, result = batch.forward(
+            x,
+            stacks[which],
+            plan.activation,
+            h_MF=None if h_MF is None else h_MF[batch.rows],
+            result_MD=None if result_XD is None else result_XD[batch.rows],
+            keep=plan.keep,
+        )
     result_XD = result if result_XD is None else result_XD
     assert result_XD is not None
     return result_XD, (h if h_MF is None else h_MF) if plan.keep else None
@@ -176,76 +180,38 @@ class _Backward:
         h_MF: Tensor,
         weight_M: Tensor | None,
     ) -> None:
-        self.plan, self.stacks, self.wants = plan, stacks, wants
-        self.source_XD, self.g_XD, self.h_MF, self.weight_M = source_XD, g_XD, h_MF, weight_M
-        num_rows = sum(plan.trip.rows_A)
-        self.drow_XD = source_XD.new_empty(num_rows + plan.trip.room, source_XD.shape[1]) if wants.x else None
+        trip, count = plan.trip, len(Stack._fields)
+        num_rows = sum(trip.rows_A)
+        self.drow_XD = source_XD.new_empty(num_rows + trip.room, source_XD.shape[1]) if wants.x else None
         self.dweight_M = None if weight_M is None else torch.empty_like(weight_M)
-        weights = [weight for stack in stacks for weight in stack]
-        self.grads = [
-            torch.empty_like(weight) if wanted and weight is not None else None
-            for weight, wanted in zip(weights, wants.weights, strict=True)
+        self.backs = [
+            Back(
+                x=Rows(source_XD, trip.index_M),
+                g=Rows(g_XD, trip.index_M),
+                h_MF=h_MF,
+                weight_M=weight_M,
+                dweight_M=self.dweight_M,
+                drow_XD=self.drow_XD,
+                grads=[
+                    torch.empty_like(weight) if wanted and weight is not None else None
+                    for weight, wanted in zip(stack, wants.weights[which * count :][:count], strict=True)
+                ],
+            )
+            for which, stack in enumerate(stacks)
         ]
-
-    def run(self) -> None:
-        for which, batch in self.plan.batches(self.stacks):
-            self._batch(which, batch)
-        rows_A = self.plan.trip.rows_A
-        for index, grad in enumerate(self.grads):
-            if grad is not None:
-                first = 0 if index < len(Stack._fields) else len(self.stacks[0].up)
-                for expert, rows in enumerate(rows_A[first : first + len(grad)]):
+        for which, batch in plan.batches(stacks):
+            batch.backward(self.backs[which], stacks[which], plan.activation)
+        rows_A = trip.rows_A
+        for stack, back in zip(stacks, self.backs):
+            mine, rows_A = rows_A[: len(stack.up)], rows_A[len(stack.up) :]
+            for grad in back.grads:
+                for expert, rows in enumerate(mine if grad is not None else ()):
                     if not rows:
-                        grad[expert].zero_()
+                        grad[expert].zero_()  # type: ignore[index]
 
-    def _batch(self, which: int, batch: Batch) -> None:
-        trip, stack, rows = self.plan.trip, self.stacks[which], batch.rows
-        first = which * len(Stack._fields)
-        up, down, up_bias, down_bias = self.wants.weights[first : first + len(Stack._fields)]
-        g_MD = _pick(self.g_XD, trip, rows)
-        da_MF = batch.times_back(g_MD, stack.down, None)
-        a_MF, pull = linearise(self.plan.activation, self.h_MF[rows])
-        if self.weight_M is not None and self.dweight_M is not None:
-            weight_M1 = self.weight_M[rows, None]
-            dweight_M = _dot(da_MF, a_MF)
-            if stack.down_bias is not None:
-                dweight_M += _dot(g_MD, batch.bias_of(stack.down_bias))
-            self.dweight_M[rows] = dweight_M
-            da_MF.mul_(weight_M1)
-            if down:
-                a_MF = torch.mul(a_MF, weight_M1, out=torch.empty_like(a_MF))
-        if down:
-            self._put(first + 1, batch.dweight(g_MD, a_MF, self._at(first + 1)))
-        if down_bias:
-            if self.weight_M is not None:
-                g_MD = g_MD * self.weight_M[rows, None]
-            self._put(first + 3, batch.dbias(g_MD.to(stack.down.dtype), self._at(first + 3)))
-        if not (up or up_bias or self.wants.x):
-            return
-        dh_MF = pull(da_MF)
-        if up:
-            self._put(first, batch.dweight(dh_MF, _pick(self.source_XD, trip, rows), self._at(first)))
-        if up_bias:
-            self._put(first + 2, batch.dbias(dh_MF, self._at(first + 2)))
-        if self.drow_XD is not None:
-            batch.times_back(dh_MF, stack.up, self.drow_XD[rows])
-
-    def _at(self, index: int) -> Tensor:
-        grad = self.grads[index]
-        assert grad is not None
-        return grad
-
-    def _put(self, index: int, grad: Tensor) -> None:
-        self.grads[index] = grad
-
-
-def _pick(source_XD: Tensor, trip: Trip, rows: slice) -> Tensor:
-    return source_XD[rows] if trip.index_M is None else source_XD.index_select(0, trip.index_M[rows])
-
-
-def _dot(left_MD: Tensor, right_MD: Tensor) -> Tensor:
-    """<left_m, right_m>, added in fp32 or better."""
-    return (left_MD * right_MD).sum(dim=-1, dtype=at_least_fp32(left_MD.dtype))
+    @property
+    def grads(self) -> list[Tensor | None]:
+        return [grad for back in self.backs for grad in back.grads]
 
 
 def _wide(weight_N: Tensor, row_MD: Tensor) -> Tensor:

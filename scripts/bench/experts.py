@@ -27,8 +27,9 @@ from torch import Tensor
 
 from moe import Experts, Fastest, Grouped, Loop
 from moe.comm import Peers
-from moe.compute import Compute, Stack
+from moe.compute import Compute
 from moe.dispatch import Dispatch
+from moe.stack import Stack
 from placement import RoundRobin, Topology
 from routing import AtHome, Choice
 from scripts.bench.table import median_ratio, rounds, show

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
-from moe.compute import Stack
+from moe.stack import Stack
 from moe.visit import Stay
 
 pytestmark = pytest.mark.fast
