@@ -88,9 +88,9 @@ class Blocks:
 
 def total(row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tensor | None:
     """Of each token the (weighted) rows, added in fp32 in their order. None where the compiled path cannot."""
-    if row_XD.device.type != "cpu" or row_XD.dtype not in _TYPES or KERNELS.load() is None:
-        return None
-    if weight_TK is not None and weight_TK.dtype != torch.float32:
+    plain = type(row_XD) is Tensor and row_XD.device.type == "cpu" and row_XD.dtype in _TYPES
+    narrow = weight_TK is None or weight_TK.dtype == torch.float32
+    if not (plain and narrow) or KERNELS.load() is None:
         return None
     weight_TK = None if weight_TK is None else weight_TK.contiguous()
     y_TD: Tensor = torch.ops.evenmoe.total(row_XD.contiguous(), place_TK.contiguous(), weight_TK)
