@@ -69,7 +69,9 @@ def test_visitors_compute_after_the_experts_at_home() -> None:
     one = Stack(all_three.up[:1], all_three.down[:1], None, None)
     two = Stack(all_three.up[1:], all_three.down[1:], None, None)
     x = torch.randn(6, 8)
-    torch.testing.assert_close(all_three(x, [1, 2, 3], one, two), all_three(x, [1, 2, 3], all_three.stack(), EMPTY))
+    stay = Stay(rows_A=(1, 2, 3))
+    apart, together = all_three(x, None, stay, one, two), all_three(x, None, stay, all_three.stack(), EMPTY)
+    torch.testing.assert_close(apart, together)
 
 
 @pytest.mark.parametrize("compute", [Loop(), Grouped()], ids=str)
