@@ -5,7 +5,7 @@ from moe.activation import GELU, ReLU2, SwiGLU
 from moe.census import census
 from moe.clip import clip_grad_norm, grad_norm
 from moe.comm import EVERYONE, World, WorldError, nodes_of
-from moe.compute import Fastest, Grouped, Loop
+from moe.compute import Fastest, Grouped, Loop, Native
 from moe.config import MoEConfig
 from moe.data_parallel import average_expert_grads, expert_parameters, leave_experts_alone
 from moe.elastic import Elastic, Pulse
@@ -35,6 +35,7 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "Moved",
+    "Native",
     "Pulse",
     "ReLU2",
     "Recorder",

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moe.activation import Activation, SwiGLU
-from moe.compute import Compute, Fastest, Stack
+from moe.compute import Compute, Fastest
 from moe.guests import Guests
+from moe.stack import Stack
 from moe.trip import Trip
 from moe.visit import visit
 

@@ -15,7 +15,6 @@ from moe.batch import Batch, header, problem_of, raise_alike
 from moe.broadcast import keep_from_broadcast
 from moe.census import Pool
 from moe.comm import Group, Lending, Peers, gather_counts, tie, visitors
-from moe.compute import Stack
 from moe.config import MoEConfig
 from moe.dispatch import Dispatch, upload
 from moe.experts import Experts, Shared
@@ -23,6 +22,7 @@ from moe.guestbook import Guestbook
 from moe.guests import Guests, Nobody
 from moe.levy import Levies, Slip
 from moe.recompute import Replays
+from moe.stack import Stack
 from placement import Placement, RoundRobin, Topology
 from routing import Assignment, Choice, Loan, Router, Rows
 

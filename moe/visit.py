@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.activation import Activation, linearise
-from moe.compute import Batch, Compute, Stack
+from moe.activation import Activation
+from moe.compute import Compute
 from moe.guests import Guests, Nobody, Stacks
+from moe.stack import Back, Batch, Rows, Stack
 from moe.trip import Trip
 from routing import at_least_fp32
 
@@ -46,11 +47,11 @@ class _Plan(NamedTuple):
 
     def batches_at_home(self, own: Stack) -> Sequence[Batch]:
         rows_A = self.trip.rows_A[: len(own.up)]
-        return self.compute(rows_A, own, 0) if rows_A else ()
+        return self.compute(rows_A, own, self.activation, 0) if rows_A else ()
 
     def batches_of_guests(self, own: Stack, visiting: Stack) -> Sequence[Batch]:
         home, rows_A = self.trip.rows_A[: len(own.up)], self.trip.rows_A[len(own.up) :]
-        return self.compute(rows_A, visiting, sum(home)) if rows_A else ()
+        return self.compute(rows_A, visiting, self.activation, sum(home)) if rows_A else ()
 
     def send(self, own: Stack) -> Stacks:
         """The guests set out."""
@@ -119,15 +120,16 @@ def _forward(plan: _Plan, source_XD: Tensor, own: Stack) -> tuple[Tensor, Tensor
     result_XD = None if lone and not trip.room else source_XD.new_empty(num_rows + trip.room, dim)
     h_MF = source_XD.new_empty(num_rows, fan_hidden) if plan.keep and not lone else None
 
-    def run(batch: Batch, stack: Stack) -> tuple[Tensor, Tensor]:
-        rows = batch.rows
-        h = batch.times(_pick(source_XD, trip, rows), stack.up, stack.up_bias, None if h_MF is None else h_MF[rows])
-        place = None if result_XD is None else result_XD[rows]
-        return batch.times(plan.activation(h), stack.down, stack.down_bias, place), h
+    x = Rows(source_XD, trip.index_M)
+
+    def run(batch: Batch, stack: Stack) -> tuple[Tensor | None, Tensor]:
+        at = batch.rows
+        h, result = None if h_MF is None else h_MF[at], None if result_XD is None else result_XD[at]
+        return batch.forward(x, stack, plan.activation, h_MF=h, result_MD=result, keep=plan.keep)
 
     result = h = None
     for batch in home:
-        result, h = run(batch, own)
+        h, result = run(batch, own)
     visiting = _guests_of(own, coming)
     for batch in plan.batches_of_guests(own, visiting):
         run(batch, visiting)
@@ -155,7 +157,8 @@ class _Backward:
         weight_M: Tensor | None,
     ) -> None:
         self.plan, self.wants = plan, wants
-        self.source_XD, self.g_XD, self.h_MF, self.weight_M = source_XD, g_XD, h_MF, weight_M
+        self.x, self.g = Rows(source_XD, plan.trip.index_M), Rows(g_XD, plan.trip.index_M)
+        self.h_MF, self.weight_M = h_MF, weight_M
         num_rows = sum(plan.trip.rows_A)
         self.drow_XD = source_XD.new_empty(num_rows + plan.trip.room, source_XD.shape[1]) if wants.x else None
         self.dweight_M = None if weight_M is None else torch.empty_like(weight_M)
@@ -179,64 +182,26 @@ class _Backward:
         return self._stack(own, self.plan.batches_at_home(own), self.plan.trip.rows_A[: len(own.up)])
 
     def _stack(self, stack: Stack, batches: Sequence[Batch], rows_A: Sequence[int]) -> list[Tensor | None]:
-        grads = [
-            torch.empty_like(weight) if wanted and weight is not None else None
-            for weight, wanted in zip(stack, self.wants.weights, strict=True)
-        ]
+        back = Back(
+            x=self.x,
+            g=self.g,
+            h_MF=self.h_MF,
+            weight_M=self.weight_M,
+            dweight_M=self.dweight_M,
+            drow_XD=self.drow_XD,
+            grads=[
+                torch.empty_like(weight) if wanted and weight is not None else None
+                for weight, wanted in zip(stack, self.wants.weights, strict=True)
+            ],
+        )
         for batch in batches:
-            self._batch(batch, stack, grads)
-        for grad in grads:
+            batch.backward(back, stack, self.plan.activation)
+        for grad in back.grads:
             if grad is not None:
                 for expert, rows in enumerate(rows_A):
                     if not rows:
                         grad[expert].zero_()
-        return grads
-
-    def _batch(self, batch: Batch, stack: Stack, grads: list[Tensor | None]) -> None:
-        trip, rows = self.plan.trip, batch.rows
-        up, down, up_bias, down_bias = self.wants.weights
-        g_MD = _pick(self.g_XD, trip, rows)
-        da_MF = batch.times_back(g_MD, stack.down, None)
-        a_MF, pull = linearise(self.plan.activation, self.h_MF[rows])
-        if self.weight_M is not None and self.dweight_M is not None:
-            weight_M1 = self.weight_M[rows, None]
-            dweight_M = _dot(da_MF, a_MF)
-            if stack.down_bias is not None:
-                dweight_M += _dot(g_MD, batch.bias_of(stack.down_bias))
-            self.dweight_M[rows] = dweight_M
-            da_MF.mul_(weight_M1)
-            if down:
-                a_MF = torch.mul(a_MF, weight_M1, out=torch.empty_like(a_MF))
-        if down:
-            grads[1] = batch.dweight(g_MD, a_MF, _at(grads, 1))
-        if down_bias:
-            if self.weight_M is not None:
-                g_MD = g_MD * self.weight_M[rows, None]
-            grads[3] = batch.dbias(g_MD.to(stack.down.dtype), _at(grads, 3))
-        if not (up or up_bias or self.wants.x):
-            return
-        dh_MF = pull(da_MF)
-        if up:
-            grads[0] = batch.dweight(dh_MF, _pick(self.source_XD, trip, rows), _at(grads, 0))
-        if up_bias:
-            grads[2] = batch.dbias(dh_MF, _at(grads, 2))
-        if self.drow_XD is not None:
-            batch.times_back(dh_MF, stack.up, self.drow_XD[rows])
-
-
-def _at(grads: Sequence[Tensor | None], index: int) -> Tensor:
-    grad = grads[index]
-    assert grad is not None
-    return grad
-
-
-def _pick(source_XD: Tensor, trip: Trip, rows: slice) -> Tensor:
-    return source_XD[rows] if trip.index_M is None else source_XD.index_select(0, trip.index_M[rows])
-
-
-def _dot(left_MD: Tensor, right_MD: Tensor) -> Tensor:
-    """<left_m, right_m>, added in fp32 or better."""
-    return (left_MD * right_MD).sum(dim=-1, dtype=at_least_fp32(left_MD.dtype))
+        return back.grads
 
 
 def _wide(weight_N: Tensor, row_MD: Tensor) -> Tensor:

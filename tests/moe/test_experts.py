@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
-from moe.compute import Stack
 from moe.guests import Here, Nobody, Stacks
+from moe.stack import Stack
 from moe.trip import Stay
 
 pytestmark = pytest.mark.fast

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
+from moe import GELU, Experts, Fastest, Grouped, Loop, Native, ReLU2, SwiGLU
 from moe.activation import Activation, linearise
 from moe.comm import Peers
 from moe.compute import Compute
@@ -27,6 +27,12 @@ pytestmark = pytest.mark.fast
 ACTIVATIONS = [SwiGLU(), GELU(), ReLU2()]
 BUSY = 17  # a seed of six tokens and three experts
 NAMES = [type(activation).__name__ for activation in ACTIVATIONS]
+
+
+@pytest.fixture(autouse=True)
+def _compiled_for_native(request: pytest.FixtureRequest) -> None:
+    if "Native" in request.node.name:
+        request.getfixturevalue("compiled")
 
 
 def choose(expert_TK: Tensor, num_experts: int, weight_TK: Tensor, *, as_rows: bool = False) -> Choice:
@@ -143,8 +149,27 @@ def test_grouped_has_the_gradients_of_the_literal_formula(activation: Any, seed:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("compute", [Loop(), Grouped()], ids=str)
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.usefixtures("compiled")
+@given(seed=st.integers(0, 10**6), wants=st.integers(0, 15), threads=st.sampled_from([1, 1, 2]))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_native_has_the_gradients_of_the_literal_formula(seed: int, wants: int, threads: int) -> None:
+    case, before = Case.of(seed, Native(), SwiGLU(), False, torch.float32), torch.get_num_threads()
+    for bit, leaf in enumerate(case.leaves):
+        leaf.requires_grad_(bool(wants >> bit & 1))
+    torch.set_num_threads(threads)
+    try:
+        seen = grads(case.ours, case.leaves)
+    finally:
+        torch.set_num_threads(before)
+    for got, want in zip(seen, grads(case.literal, case.leaves), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "compute, bias",
+    [(Loop(), False), (Loop(), True), (Grouped(), False), (Grouped(), True), (Native(), False)],
+    ids=str,
+)
 def test_bf16_is_no_further_from_exact_than_autograd_in_bf16(compute: Any, bias: bool) -> None:
     """In the mean over all entries, with a tenth to spare for chance."""
     totals = torch.zeros(2)
@@ -215,7 +240,7 @@ def kept_bytes(run: Callable[[], Tensor], given: list[Tensor]) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("compute", [Loop(), Grouped()], ids=str)
+@pytest.mark.parametrize("compute", [Loop(), Grouped(), Native()], ids=str)
 def test_only_what_enters_the_activations_is_kept(compute: Any) -> None:
     """In the proportions of the workload wide-64x8 less than half of what a grouped implementation on autograd keeps:
     rows, h, silu, its product, results and their weighted copy."""

@@ -12,11 +12,12 @@ import transformers
 from torch import Tensor, nn
 
 from moe.comm import Peers
-from moe.compute import Fastest, Stack
+from moe.compute import Fastest
 from moe.dispatch import Dispatch
 from moe.experts import compute_dtype
 from moe.guests import Nobody
 from moe.integrations.huggingface.experts import HostGate, layout, names_of, problem_with, sizes_of
+from moe.stack import Stack
 from moe.visit import visit
 from routing import NOWHERE, Assignment, Choice, token_major
 
