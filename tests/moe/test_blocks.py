@@ -11,8 +11,9 @@ from moe import GELU, Experts, Fastest, Loop, Native, SwiGLU
 from moe.activation import Activation
 from moe.blocks import KERNELS, total
 from moe.compute import Compute
+from moe.guests import Nobody
 from moe.stack import Stack
-from moe.visit import Stay
+from moe.trip import Stay
 from routing import python_only
 
 pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("compiled")]
@@ -29,11 +30,10 @@ def stepped(compute: Compute, rows_A: tuple[int, ...], *, threads: int, dtype: t
     torch.manual_seed(0)
     experts = Experts(5, 7, range(len(rows_A)), compute=compute, dtype=dtype)
     x_TD = torch.randn(sum(rows_A), 5, dtype=dtype, requires_grad=True)
-    none = Stack(experts.up.detach()[:0], experts.down.detach()[:0], None, None)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        y_TD = experts(x_TD, None, Stay(rows_A=rows_A), experts.stack(), none)
+        y_TD = experts(x_TD, None, Stay(rows_A=rows_A), experts.stack(), Nobody())
         grads = torch.autograd.grad(y_TD.square().sum(), [x_TD, experts.up, experts.down])
     finally:
         torch.set_num_threads(before)
@@ -70,11 +70,10 @@ def test_a_tokens_rows_are_added_in_fp32(dtype: torch.dtype, top_k: int, dim: in
 def test_the_activation_keeps_to_torchs_far_out_and_at_nan() -> None:
     """One expert whose matrices are ones: h is x, twice."""
     stack = Stack(torch.ones(1, 2, 1), torch.ones(1, 1, 1), None, None)
-    none = Stack(stack.up[:0], stack.down[:0], None, None)
     experts = Experts(1, 1, [0], compute=Native())
     x_TD = torch.tensor([-1e4, -100, -88, -87, -20, -1, -1e-6, 0, 1e-6, 1, 20, 87, 100, 1e4, torch.nan])[:, None]
     with torch.no_grad():
-        y_TD = experts(x_TD, None, Stay(rows_A=(len(x_TD),)), stack, none)
+        y_TD = experts(x_TD, None, Stay(rows_A=(len(x_TD),)), stack, Nobody())
     torch.testing.assert_close(y_TD, F.silu(x_TD) * x_TD, equal_nan=True, rtol=1e-6, atol=1e-29)
 
 

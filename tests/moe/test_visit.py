@@ -19,7 +19,7 @@ from moe.activation import Activation, linearise
 from moe.comm import Peers
 from moe.compute import Compute
 from moe.dispatch import Dispatch
-from moe.stack import Stack
+from moe.guests import Nobody
 from placement import RoundRobin, Topology
 from routing import AtHome, Choice
 
@@ -59,10 +59,6 @@ def alone(choice: Choice) -> Dispatch:
     experts = choice.num_experts
     home = RoundRobin().place(experts, Topology.fitting(num_experts=experts, ranks=1, ranks_per_node=1))
     return Dispatch.of(choice, AtHome()(choice.load_E.numpy()[None], home), range(experts), Peers.of(None))
-
-
-def none_of(experts: Experts) -> Stack:
-    return Stack(*(None if weight is None else weight.detach()[:0] for weight in experts.stack()))  # type: ignore[arg-type]
 
 
 def literal(x_TD: Tensor, choice: Choice, experts: Experts) -> Tensor:
@@ -121,8 +117,7 @@ class Case:
 
     def ours(self) -> Tensor:
         choice = self.choice()
-        own, none = self.experts.stack(), none_of(self.experts)
-        return self.experts(self.x_TD, choice.weight_N, alone(choice), own, none)
+        return self.experts(self.x_TD, choice.weight_N, alone(choice), self.experts.stack(), Nobody())
 
     def literal(self) -> Tensor:
         return literal(self.x_TD, self.choice(), self.experts)
@@ -256,11 +251,11 @@ def test_only_what_enters_the_activations_is_kept(compute: Any) -> None:
     weight_TK = torch.rand(tokens, top_k, requires_grad=True)
     expert_TK = torch.rand(tokens, num_experts).topk(top_k).indices
     choice = choose(expert_TK, num_experts, weight_TK)
-    dispatch, own, none = alone(choice), experts.stack(), none_of(experts)
+    dispatch, own = alone(choice), experts.stack()
     given = [x_TD, weight_TK, *experts.parameters()]
     rows = tokens * top_k
     h_bytes = rows * 2 * hidden * 2
-    assert kept_bytes(lambda: experts(x_TD, choice.weight_N, dispatch, own, none), given) == h_bytes
+    assert kept_bytes(lambda: experts(x_TD, choice.weight_N, dispatch, own, Nobody()), given) == h_bytes
 
     def grouped() -> Tensor:
         end_A = torch.tensor(dispatch.rows_A).cumsum(0).to(torch.int32)
@@ -272,7 +267,7 @@ def test_only_what_enters_the_activations_is_kept(compute: Any) -> None:
 
     assert kept_bytes(grouped, given) >= 2 * h_bytes
     with torch.no_grad():
-        assert kept_bytes(lambda: experts(x_TD, choice.weight_N, dispatch, own, none), given) == 0
+        assert kept_bytes(lambda: experts(x_TD, choice.weight_N, dispatch, own, Nobody()), given) == 0
 
 
 def test_no_gradient_of_a_gradient_is_invented() -> None:
