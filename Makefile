@@ -1,10 +1,11 @@
 # make demo: the main job on four CPU processes. make test: what CI runs. make check: under a minute, before each commit.
+# make docs: the pages of docs/ as a site, in build/site.
 PYTHON ?= python3.11
 PIP_FLAGS ?= --disable-pip-version-check --quiet
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench docs clean
 .DEFAULT_GOAL := check
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -22,7 +23,11 @@ test: $(VENV)/ready
 	@$(RUN)/ruff format --check .
 	@$(RUN)/ruff check .
 	@$(RUN)/mypy
+	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
 	@$(RUN)/python -m pytest
+
+docs: $(VENV)/ready
+	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
 
 check: $(VENV)/ready
 	@$(RUN)/ruff format --check .
