@@ -50,10 +50,27 @@ class Engine(DeepSpeedEngine):  # type: ignore[misc]
         with named_by_number(self.module):
             return super().save_checkpoint(*args, **kwargs)
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """As ever. Weights alone (load_module_only=True, or load_optimizer_states=False) also from another ep_size."""
-        with named_by_number(self.module):
-            answer = super().load_checkpoint(*args, **kwargs)
+    def load_checkpoint(
+        self,
+        load_dir: Any,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        **others: Any,
+    ) -> Any:
+        """As ever. Weights alone, also from another ep_size; with the optimiser's states, from the same."""
+        with named_by_number(self.module, weights_alone=load_module_only or not load_optimizer_states):
+            answer = super().load_checkpoint(
+                load_dir,
+                tag,
+                load_module_strict=load_module_strict,
+                load_optimizer_states=load_optimizer_states,
+                load_lr_scheduler_states=load_lr_scheduler_states,
+                load_module_only=load_module_only,
+                **others,
+            )
         self._begin_step()
         return answer
 

@@ -62,14 +62,17 @@ def mark(model: nn.Module) -> None:
 
 
 @contextmanager
-def named_by_number(model: nn.Module) -> Iterator[None]:
-    """Within it, a state dict has the experts under DeepSpeed's names, and loading one takes them back."""
+def named_by_number(model: nn.Module, *, weights_alone: bool = True) -> Iterator[None]:
+    """Within it, a state dict has the experts under DeepSpeed's names, and loading one takes them back.
+
+    weights_alone: nothing else is loaded that goes by expert.
+    """
     layers = layers_of(model)
     with ExitStack() as hooks:
         for layer in layers.values():
             handle = layer.register_state_dict_post_hook(_number)  # type: ignore[no-untyped-call]
             hooks.callback(handle.remove)
-        hooks.callback(model.register_load_state_dict_pre_hook(_Unnumber(layers)).remove)  # type: ignore[no-untyped-call]
+        hooks.callback(model.register_load_state_dict_pre_hook(_Unnumber(layers, weights_alone)).remove)  # type: ignore[no-untyped-call]
         yield
 
 
@@ -111,31 +114,34 @@ def _order(layer: MoE) -> Tensor:
 class _Unnumber:
     """A hook of the whole model, so that what does not fit changes nothing."""
 
-    def __init__(self, layers: Mapping[str, MoE]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Mapping[str, MoE], weights_alone: bool) -> None:
+        self.layers, self.weights_alone = layers, weights_alone
 
     def __call__(self, model: nn.Module, state: MutableMapping[str, Tensor], prefix: str, *_: Any) -> None:
         for name, layer in self.layers.items():
-            order_RS = state.pop(prefix + dotted(name, ORDER), None)
-            check_order(name, layer, order_RS)
+            problem = _misfit(state.pop(prefix + dotted(name, ORDER), None), _order(layer), self.weights_alone)
+            if problem is not None:
+                raise ValueError(f"{name or 'the layer'}: the checkpoint {problem}")
+        for name, layer in self.layers.items():
+            slots = range(len(layer.experts.expert_ids))
             for leaf, _weight in layer.experts.named_parameters():
-                lines = [
-                    state.pop(f"{prefix}{name}.{NUMBERED}.{slot}.{leaf}")
-                    for slot in range(len(layer.experts.expert_ids))
-                ]
+                lines = [state.pop(f"{prefix}{name}.{NUMBERED}.{slot}.{leaf}") for slot in slots]
                 state[prefix + dotted(name, "experts", leaf)] = torch.stack(lines)
 
 
-def check_order(name: str, layer: MoE, order_RS: Tensor | None) -> None:
-    """Raise unless the numbers in a checkpoint are those of this layer's experts."""
-    if order_RS is None:
-        raise ValueError(
-            f"the checkpoint does not say which experts of {name or 'the layer'} its numbers mean; "
-            f"it was not written by an engine of moe.integrations.deepspeed.initialize"
+def _misfit(saved_RS: Tensor | None, order_RS: Tensor, weights_alone: bool) -> str | None:
+    """Why the numbers in a checkpoint are not those of this layer's experts, if so."""
+    if saved_RS is None:
+        return "does not say which experts its numbers mean; no engine of moe.integrations.deepspeed wrote it"
+    if saved_RS.flatten().tolist() != order_RS.flatten().tolist():
+        return (
+            f"has experts {saved_RS.tolist()} by rank, the model {order_RS.tolist()}, and DeepSpeed's files go by place; "
+            f"use moe.checkpoint.save(folder, engine.module) and engine.load_weights(folder), or build both with "
+            f"placement=Placement(expert_RS=numpy.arange(num_experts).reshape(ep_size, -1)), which fits any ep_size"
         )
-    if order_RS.flatten().tolist() != _order(layer).flatten().tolist():
-        raise ValueError(
-            f"the checkpoint has the experts of {name or 'the layer'} as {order_RS.tolist()} by rank, the model as "
-            f"{_order(layer).tolist()}; DeepSpeed's files go by place: use moe.checkpoint, or build both with "
-            f"placement=Placement(expert_RS=numpy.arange(num_experts).reshape(ep_size, -1))"
+    if len(saved_RS) != len(order_RS) and not weights_alone:
+        return (
+            f"was written with ep_size={len(saved_RS)}, the model has {len(order_RS)}, and DeepSpeed keeps the "
+            f"optimiser's states by rank; load the weights alone: load_module_only=True"
         )
+    return None
