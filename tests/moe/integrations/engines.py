@@ -22,7 +22,7 @@ from routing import LeastLoaded, LossFree, Sigmoid
 EXPERTS, DIM, TOKENS, MICRO, STEPS = 8, 8, 12, 2, 3
 CONFIG = MoEConfig(
     dim=DIM, hidden=16, num_experts=EXPERTS, top_k=2, score=Sigmoid(), balancer=LossFree(step=1e-2), bias=True,
-    shared_hidden=8, assigner=LeastLoaded(headroom=1.0),
+    shared_hidden=8, assigner=LeastLoaded(headroom=1.2),
 )  # fmt: skip
 
 
@@ -34,6 +34,8 @@ class Net(nn.Module):
         self.expertly_named = MoE(config, group, placement)
         self.last = nn.Linear(DIM, DIM)
         self.recompute = False
+        self.loans: list[int] = []
+        self.expertly_named.observe(lambda _, a: self.loans.append(len(a.loans(self.expertly_named.placement))))
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(self.run(x), target)
@@ -45,12 +47,13 @@ class Net(nn.Module):
 
 
 class Trained(NamedTuple):
-    """norms: before clipping, by step. shared: weights of all ranks. experts: this rank's."""
+    """norms: before clipping, by step. shared: weights of all ranks. experts: this rank's. loans: by micro-batch."""
 
     norms: list[float]
     shared: dict[str, Tensor]
     experts: dict[int, dict[str, Tensor]]
     price_E: Tensor
+    loans: list[int]
 
 
 def sgd(parameters: Any) -> Optimizer:
@@ -131,6 +134,7 @@ def state_of(net: Net, norms: list[float]) -> Trained:
         },
         experts={e: {name: w.clone() for name, w in state.items()} for e, state in layer.expert_state().items()},
         price_E=layer.router.price_E.clone(),
+        loans=net.loans,
     )
 
 
