@@ -1,20 +1,14 @@
 """MoE layers under a DeepSpeed engine, ZeRO-2: trained, balanced without a loss, saved and loaded.
 
-    python examples/08_deepspeed.py                                        one process
-    torchrun --standalone --nproc-per-node 4 examples/08_deepspeed.py     experts over two ranks, twice
+    torchrun --standalone --nproc-per-node 1 examples/08_deepspeed.py     one process
+    torchrun --standalone --nproc-per-node 4 examples/08_deepspeed.py     the experts over two ranks, twice
 
-Both print the same losses. `pip install 'evenmoe[deepspeed]'` first.
+Both print the same losses. `pip install 'evenmoe[deepspeed]'` first. DS_ACCELERATOR=cpu keeps it off GPUs.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # this example's choice: gloo, no GPU
-for name, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
-    os.environ.setdefault(name, alone)  # torchrun sets them
-os.environ.setdefault("MASTER_PORT", "0")
 
 import deepspeed
 import torch
@@ -31,6 +25,13 @@ CONFIG = MoEConfig(
     dim=DIM, hidden=32, num_experts=8, top_k=2, score=Sigmoid(), balancer=LossFree(step=1e-2),
     assigner=LeastLoaded(headroom=1.05),
 )  # fmt: skip
+SETTINGS = {
+    "train_batch_size": BATCH,
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+}
 
 
 class Model(nn.Module):
@@ -45,31 +46,24 @@ class Model(nn.Module):
 
 def main() -> None:
     deepspeed.logger.setLevel("ERROR")
-    ranks = int(os.environ["WORLD_SIZE"])
-    group = expert_group(min(ranks, 2))
+    expert_group(1)  # DeepSpeed's communication starts with its first group
+    ranks, rank = deepspeed.comm.get_world_size(), deepspeed.comm.get_rank()
     torch.manual_seed(0)
-    model = Model(group)
-    config = {
-        "train_batch_size": BATCH,
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 2},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
-    }
-    engine, *_ = initialize(model=model, config=config)
+    model = Model(expert_group(min(ranks, 2)))
+    engine, *_ = initialize(model=model, config=SETTINGS)
 
-    x = torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(1))
-    mine = x.view(2, ranks, -1, DIM)[:, engine.global_rank]  # two micro-batches
+    x = torch.randn(BATCH, DIM, generator=torch.Generator().manual_seed(1)).to(engine.device)
+    mine = x.view(2, ranks, -1, DIM)[:, rank]  # two micro-batches
     for step in range(5):
-        total = torch.zeros(())
+        mean = torch.zeros((), device=engine.device)
         for micro in mine:
             loss = F.mse_loss(engine(micro), micro.flip(-1))
             engine.backward(loss)
             engine.step()  # every second one updates the weights, and settles the prices
-            total += loss.detach() / (2 * ranks)
-        deepspeed.comm.all_reduce(total)
-        if engine.global_rank == 0:
-            print(f"step {step}: loss {total.item():.4f}, norm {float(engine.get_global_grad_norm()):.4f}")
+            mean += loss.detach() / (2 * ranks)
+        deepspeed.comm.all_reduce(mean)
+        if rank == 0:
+            print(f"step {step}: loss {mean.item():.4f}, norm {float(engine.get_global_grad_norm()):.4f}")
 
     folder = [tempfile.mkdtemp()]
     deepspeed.comm.broadcast_object_list(folder, src=0)
