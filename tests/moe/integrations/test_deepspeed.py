@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 if find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed; pip install 'evenmoe[deepspeed]'", allow_module_level=True)
 
-from moe import MoE, World, checkpoint
+from moe import MoE, World, checkpoint, clip_grad_norm, settle_prices
 from placement import Placement
+from routing import LeastLoaded, LossFree
 from tests.moe.integrations import engines
 from tests.moe.integrations.engines import (
     CONFIG,
@@ -37,6 +38,7 @@ from tests.moe.integrations.engines import (
     steps,
     whole,
 )
+from tests.world import relative
 
 Worlds = Callable[[int], World]
 Make = Callable[[Any], Optimizer]
@@ -274,3 +276,67 @@ def test_what_cannot_work_is_one_clear_error(world: Worlds, tmp_path: Path) -> N
 def test_a_plain_layer_refuses_an_engine() -> None:
     with pytest.raises(ValueError, match="would average them"):
         MoE(CONFIG).set_deepspeed_parallelism(False)
+
+
+def host_model(group: Any) -> Any:
+    from moe.integrations.huggingface import parallelize_experts
+    from tests.moe.integrations.tiny import make
+
+    model = make("mixtral", torch.float32).train()
+    return parallelize_experts(model, group, assigner=LeastLoaded(headroom=1.2), balancer=LossFree(step=1e-2))
+
+
+def host_trained(folder: str) -> dict[str, Any]:
+    """Two steps, saved and loaded. -> `host_state`"""
+    engines.import_deepspeed()
+    from moe.integrations.deepspeed import expert_group
+    from tests.moe.integrations.tiny import prompt
+
+    model = host_model(expert_group(2))
+    engine = engine_of(settings(2, gradient_accumulation_steps=1), 2, sgd, model=model)
+    for step in range(2):
+        x = prompt(10 * step + dist.get_rank())
+        engine.backward(engine(x, labels=x).loss)
+        engine.step()
+    engine.save_checkpoint(folder)
+    held = host_state(model)
+    for tensor in model.state_dict().values():
+        tensor.zero_()
+    engine.load_checkpoint(folder)
+    for name, (_, tensor) in host_state(model).items():
+        assert torch.equal(tensor, held[name][1]), name
+    return held
+
+
+def host_state(model: Any) -> dict[str, Any]:
+    """name -> (the experts in its lines, weight); and the prices"""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
+    state = {name: (None, weight.detach().clone()) for name, weight in model.named_parameters()}
+    for name, layer in layers.items():
+        for leaf, weight in layer.experts.named_parameters():
+            state[f"{name}.experts.{leaf}"] = (layer.experts.expert_ids, weight.detach().clone())
+        state[f"{name}.price_E"] = (None, layer.router.price_E.clone())
+    return state
+
+
+def test_a_hugging_face_model_is_trained_and_saved_with_its_prices(world: Worlds, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed; pip install 'evenmoe[hf]'")
+    from tests.moe.integrations.tiny import prompt
+
+    model = host_model(None)
+    optimizer = sgd(model.parameters())
+    for step in range(2):
+        optimizer.zero_grad()
+        for rank in range(2):
+            x = prompt(10 * step + rank)
+            (model(x, labels=x).loss / 2).backward()
+        assert clip_grad_norm(model, 0.1) > 0.1
+        optimizer.step()
+        settle_prices(model, None)
+    want = host_state(model)
+    for answer in world(2).run(host_trained, str(tmp_path)):
+        assert answer.keys() == want.keys()
+        for name, (ids, tensor) in answer.items():
+            there = want[name][1] if ids is None else want[name][1][list(ids)]
+            assert relative(tensor, there) < 1e-5, name
+        assert any(tensor.any() for name, (_, tensor) in answer.items() if name.endswith("price_E"))
