@@ -18,7 +18,7 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor, nn
 
 from moe.belongings import dotted, layers_of
-from moe.experts import Stack
+from moe.compute import Stack
 from moe.integrations.deepspeed.groups import group_name, is_deepspeeds
 from moe.layer import MoE
 from placement import Placement
