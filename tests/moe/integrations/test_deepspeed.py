@@ -51,7 +51,7 @@ def world(world: Worlds) -> Worlds:
 
     def of(ranks: int) -> World:
         started = world(ranks)
-        usual, started.timeout = started.timeout, timedelta(seconds=200)
+        usual, started.timeout = started.timeout, timedelta(seconds=300)
         started.run(_import_it)
         started.timeout = usual
         return started
