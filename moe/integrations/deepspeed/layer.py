@@ -57,8 +57,8 @@ class _Together(torch.autograd.Function):
     backward:  dW = down, of all weights at once
 
     ZeRO-1 and 2 fill a bucket as the gradients come, each rank in its own order, and add up the buckets of ranks that
-    hold the same experts. Those may be in two groups of which one lends experts in this step and the other does not,
-    and without this the order would tell: gradients of one weight would be added to those of another.
+    hold the same experts. Those may be in two groups of which one lends experts in this step and the other does not.
+    Without this the order would tell, under autocast at least: gradients of one weight would be added to another's.
     """
 
     @staticmethod

@@ -33,12 +33,13 @@ class Net(nn.Module):
         self.first = nn.Linear(DIM, DIM)
         self.expertly_named = MoE(config, group, placement)
         self.last = nn.Linear(DIM, DIM)
-        self.recompute = False
+        self.recompute = self.autocast = False
         self.loans: list[int] = []
         self.expertly_named.observe(lambda _, a: self.loans.append(len(a.loans(self.expertly_named.placement))))
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(self.run(x), target)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return F.mse_loss(self.run(x).float(), target)
 
     def run(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x))

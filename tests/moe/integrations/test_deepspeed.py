@@ -63,9 +63,9 @@ def _import_it() -> None:
     engines.import_deepspeed()
 
 
-def trained(stage: int, ep_size: int, make: Make, recompute: bool = False) -> Trained:
+def trained(stage: int, ep_size: int, make: Make, recompute: bool = False, autocast: bool = False) -> Trained:
     engine = engine_of(settings(stage), ep_size, make)
-    engine.module.recompute = recompute
+    engine.module.recompute, engine.module.autocast = recompute, autocast
     return state_of(engine.module, steps(engine))
 
 
@@ -92,6 +92,15 @@ def test_recomputation_changes_nothing_under_an_engine(world: Worlds) -> None:
     plain, again = (world(2).run(trained, 2, 2, sgd, recompute)[1] for recompute in (False, True))
     assert error(plain, again) < 1e-6
     assert torch.equal(plain.price_E, again.price_E)
+
+
+def test_under_autocast_zero_does_not_mix_gradients_up_where_one_half_lends_and_the_other_not(world: Worlds) -> None:
+    """Without ZeRO no gradient is reduced before all are there, so their order cannot matter."""
+    plain, zero = (world(4).run(trained, stage, 2, sgd, False, True) for stage in (0, 2))
+    assert bool(zero[0].loans[0]) != bool(zero[2].loans[0])
+    for one, other in zip(plain, zero):
+        assert other.norms[0] == pytest.approx(one.norms[0], rel=1e-4)
+        assert distance(other, one) < 1e-3
 
 
 def in_half_precision(stage: int, more: dict[str, Any]) -> Trained:
