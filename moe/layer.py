@@ -163,6 +163,13 @@ class MoE(nn.Module):
         self.experts.rehouse(placement.experts_of(self.peers.rank).tolist(), weights)
         self.placement = placement
 
+    def set_deepspeed_parallelism(self, *_: Any) -> None:
+        """A DeepSpeed engine calls it while it is made. It would take experts for parameters that all ranks share."""
+        raise ValueError(
+            "DeepSpeed does not know that these experts differ from rank to rank, and would average them; in the place "
+            "of deepspeed.initialize use moe.integrations.deepspeed.initialize, with the same arguments"
+        )
+
     def extra_repr(self) -> str:
         return f"rank {self.peers.rank} of {self.peers.size}, {self.config.assigner}"
 
