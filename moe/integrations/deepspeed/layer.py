@@ -18,11 +18,9 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from torch import Tensor, nn
 
 from moe.belongings import dotted, layers_of
-from moe.compute import Stack
 from moe.integrations.deepspeed.groups import group_name, is_deepspeeds
 from moe.layer import MoE
 from placement import Placement
-from routing import Loan
 
 NUMBERED = "deepspeed_moe.experts.deepspeed_experts"
 ORDER = "deepspeed_order"  # not "expert...": by that word DeepSpeed tells what is an expert's
@@ -30,12 +28,6 @@ ORDER = "deepspeed_order"  # not "expert...": by that word DeepSpeed tells what 
 
 class Marked(MoE):
     """What a layer does differently under an engine; comes before the layer's own class."""
-
-    def _weights(self, loans: tuple[Loan, ...]) -> tuple[Stack, Stack]:
-        own, visiting = super()._weights(loans)
-        names = [name for name, weight in zip(Stack._fields, own) if weight is not None]
-        weights = _Together.apply(*(weight for weight in own if weight is not None))  # type: ignore[no-untyped-call]
-        return own._replace(**dict(zip(names, weights))), visiting
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """The engine calls it while it is made. The groups are there already."""
@@ -50,24 +42,6 @@ class Marked(MoE):
             "under a DeepSpeed engine experts stay where they are: ZeRO keeps their weights and states by rank; "
             "save with moe.checkpoint and load into a model that is placed otherwise"
         )
-
-
-class _Together(torch.autograd.Function):
-    """forward:   own = W
-    backward:  dW = down, of all weights at once
-
-    ZeRO-1 and 2 fill a bucket as the gradients come, each rank in its own order, and add up the buckets of ranks that
-    hold the same experts. Those may be in two groups of which one lends experts in this step and the other does not.
-    Without this the order would tell, under autocast at least: gradients of one weight would be added to another's.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
-        return tuple(weight.view_as(weight) for weight in weights)
-
-    @staticmethod
-    def backward(ctx: Any, *own: Tensor) -> tuple[Tensor, ...]:
-        return own
 
 
 def mark(model: nn.Module) -> None:
