@@ -20,7 +20,7 @@ COMMANDS = [
     for line in re.findall(rf"^\s*((?:python|torchrun) \S.*?{path.name})", path.read_text(), re.MULTILINE)
 ]
 
-NEEDS = {"06_hugging_face.py": "transformers"}
+NEEDS = {"06_hugging_face.py": "transformers", "07_megatron.py": "megatron"}
 
 
 def run(command: Sequence[str]) -> str:
