@@ -22,9 +22,10 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from moe.comm import Peers, exchange, gather_counts, lend, visitors
+from moe.comm import Lending, Peers, exchange, gather_counts, visitors
 from moe.dispatch import Dispatch
 from moe.integrations.megatron.core import in_order
 from moe.integrations.megatron.router import Prices
@@ -120,7 +121,7 @@ class VisitedExperts(SequentialMLP):  # type: ignore[misc]
         own, visiting = self._weights(self.dispatcher)
         rows_A = tokens_per_expert.tolist()
         parts = zip(torch.split(permuted_local_hidden_states, rows_A), torch.split(permuted_probs, rows_A))
-        # Every own expert is called with what `lend` returned, rows or none: in backward all ranks must return loans.
+        # Every own expert is called with what `_Lend` returned, rows or none: in backward all ranks must return loans.
         outs = [functional_call(self.local_experts[0], weight, part)[0] for weight, part in zip(own + visiting, parts)]
         return torch.cat(outs), None
 
@@ -128,9 +129,33 @@ class VisitedExperts(SequentialMLP):  # type: ignore[misc]
         """Of each own expert, then of each visitor, by the names of its module's parameters."""
         names = [name for name, _ in self.local_experts[0].named_parameters()]
         stacks = [torch.stack([expert.get_parameter(name) for expert in self.local_experts]) for name in names]
-        both = lend(stacks, dispatcher.loans, dispatcher.placement, dispatcher.peers)
+        lending = Lending.of(dispatcher.loans, dispatcher.placement, dispatcher.peers)
+        all_of: tuple[Tensor, ...] = _Lend.apply(lending, *stacks)  # type: ignore[no-untyped-call]
+        both = all_of[: len(stacks)], all_of[len(stacks) :]
         own, visiting = ([dict(zip(names, each)) for each in zip(*(s.unbind(0) for s in stacks))] for stacks in both)
         return own, visiting
+
+
+class _Lend(torch.autograd.Function):
+    """forward:   own = W;  visiting_i = W of the rank that lends i
+    backward:  dW_e = down_e + sum over the borrowers of e of dvisiting_e
+    """
+
+    @staticmethod
+    def forward(ctx: Any, lending: Lending, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.lending = lending
+        return (*(weight.view_as(weight) for weight in weights), *lending.fetch(weights).wait())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        lending: Lending = ctx.lending
+        own, visiting = grads[: len(grads) // 2], grads[len(grads) // 2 :]
+        came = lending.give_back(visiting).wait()
+        total = [grad.clone() for grad in own]
+        for grad, more in zip(total, came, strict=True):
+            lending.add(grad, more)
+        return None, *total
 
 
 def _out(x_TD: Tensor, dispatch: Dispatch) -> Tensor:
