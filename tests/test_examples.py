@@ -21,7 +21,7 @@ COMMANDS = [
     for line in re.findall(rf"^\s*((?:python|torchrun) \S.*?{path.name})", path.read_text(), re.MULTILINE)
 ]
 
-NEEDS = {"06_hugging_face.py": "transformers", "08_deepspeed.py": "deepspeed"}
+NEEDS = {"06_hugging_face.py": "transformers", "07_megatron.py": "megatron", "08_deepspeed.py": "deepspeed"}
 
 
 def run(command: Sequence[str]) -> str:
