@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.comm import here, is_shard
 from moe.dispatch import upload
 
 
@@ -187,8 +188,18 @@ class Experts(nn.Module):
             weight.grad = None
         self.expert_ids = tuple(expert_ids)
 
+    def check_whole(self) -> None:
+        """Experts are told apart by their lines in plain tensors."""
+        if any(is_shard(weight) for weight in self.parameters()):
+            raise ValueError(
+                "these experts are DTensors, which stay where they are; save and load them with "
+                "torch.distributed.checkpoint, which takes them to any number of ranks"
+            )
+
     def stack(self) -> Stack:
-        return Stack(self.up, self.down, self.up_bias, self.down_bias)
+        """What this rank computes with: of a DTensor, its part."""
+        up_bias, down_bias = (None if bias is None else here(bias) for bias in (self.up_bias, self.down_bias))
+        return Stack(here(self.up), here(self.down), up_bias, down_bias)
 
     def forward(self, row_MD: Tensor, rows_A: Sequence[int], own: Stack, visiting: Stack) -> Tensor:
         """row_MD: the rows of each own expert, then of each visiting one, rows_A of them each. -> out_MD"""
