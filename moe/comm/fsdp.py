@@ -9,9 +9,10 @@ from abc import abstractmethod
 from collections.abc import Collection
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import (
     FSDPMeshInfo,
     HSDPMeshInfo,
@@ -50,6 +51,7 @@ def shard_on_two_meshes(
         mesh = expert_mesh
     expert_info = _info(expert_mesh)
     mesh_info = expert_info if mesh is expert_mesh else _info(mesh)
+    _refuse_double_division(experts, expert_info.shard_mesh_size, options.get("mp_policy", MixedPrecisionPolicy()))
     of_experts = {id(weight) for weight in experts}
     axis = {id(weight): _axis(weight, expert_info.shard_mesh_size) for weight in experts}
 
@@ -62,9 +64,20 @@ def shard_on_two_meshes(
     assert isinstance(module, FSDPModule)
     for group in module._get_fsdp_state()._fsdp_param_groups:
         group.gradient_divide_factor = float(mesh.size())
-        # Sums and a division: gloo has no reduction that multiplies. On one rank FSDP divides by itself, and if told
-        # to sum, a second time.
+        # Sums, then a division: gloo has no reduction that multiplies. Where nobody shards, torch divides without it.
         group.force_sum_reduction_for_comms = group.mesh_info.shard_mesh_size > 1
+
+
+def _refuse_double_division(experts: Collection[nn.Parameter], ranks: int, policy: MixedPrecisionPolicy) -> None:
+    """A factor that FSDP applies before and after the reduction for fear of an overflow, it applies once more where
+    there is one rank and nothing to reduce (torch 2.13)."""
+    for weight in experts:
+        dtype = policy.reduce_dtype or policy.param_dtype or weight.dtype
+        if ranks == 1 and dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"expert gradients in {dtype} on an expert mesh that shards over 1 rank: torch would divide them twice; "
+                f"use mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), or a larger expert mesh"
+            )
 
 
 def _axis(weight: nn.Parameter, ranks: int) -> int:

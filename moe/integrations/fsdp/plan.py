@@ -20,7 +20,9 @@ class ExpertParallel(Style):
 
     def parallelize(self, module: nn.Module, mesh: Mesh) -> None:
         if not isinstance(module, MoE):
-            raise ValueError(f"ExpertParallel is for evenmoe's MoE layers; the plan gives it to a {type(module).__name__}")
+            raise ValueError(
+                f"ExpertParallel is for evenmoe's MoE layers; the plan gives it to a {type(module).__name__}"
+            )
         _spread(module, mesh)
 
 
