@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from moe.experts import Compute, Experts, Fastest, Stack
+from moe.comm import here
+from moe.compute import Compute, Fastest, Stack
+from moe.experts import Experts
 
 MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
 
@@ -53,7 +55,7 @@ class HostExperts(Experts):
         raise TypeError("a host's experts start as the host made them; load a checkpoint, or make the model anew")
 
     def stack(self) -> Stack:
-        weight = {field: self.get_parameter(name) for field, name in self.names.items()}
+        weight = {field: here(self.get_parameter(name)) for field, name in self.names.items()}
         return layout(weight, self.transposed)
 
     def extra_repr(self) -> str:
