@@ -65,7 +65,7 @@ def shard_on_two_meshes(
     for group in module._get_fsdp_state()._fsdp_param_groups:
         group.gradient_divide_factor = float(mesh.size())
         # Sums, then a division: gloo has no reduction that multiplies. Where nobody shards, torch divides without it.
-        group.force_sum_reduction_for_comms = group.mesh_info.shard_mesh_size > 1
+        group.force_sum_reduction_for_comms = _shards(group.mesh_info)
 
 
 def _refuse_double_division(experts: Collection[nn.Parameter], ranks: int, policy: MixedPrecisionPolicy) -> None:
@@ -91,6 +91,11 @@ def _axis(weight: nn.Parameter, ranks: int) -> int:
         f"an expert weight of {list(shape)} on each rank cannot be shared evenly by {ranks} ranks along any dim, and "
         f"torch has no uneven shards on two meshes; choose a size of the expert mesh that divides one of them"
     )
+
+
+def _shards(info: object) -> bool:
+    assert isinstance(info, FSDPMeshInfo)
+    return info.shard_mesh_size > 1
 
 
 def _info(mesh: DeviceMesh) -> FSDPMeshInfo:

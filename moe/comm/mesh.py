@@ -41,7 +41,7 @@ def shard_powers(pairs: Sequence[tuple[Tensor, Tensor | None]], norm_type: float
 
     pairs: weights that are shards, and their gradients. None if there are none. Every rank of their meshes must call.
     """
-    by_mesh: dict[Any, list[tuple[Tensor, Tensor | None]]] = {}
+    by_mesh: dict[Any, list[tuple[DTensor, Tensor | None]]] = {}
     for weight, grad in pairs:
         assert isinstance(weight, DTensor)
         by_mesh.setdefault((weight.device_mesh, _axes(weight)), []).append((weight, grad))
@@ -71,7 +71,7 @@ def join(part: Tensor, groups: Sequence[Peers], norm_type: float) -> Tensor:
 
 
 def _axes(weight: DTensor) -> tuple[int, ...]:
-    """The mesh's axes over which it is sharded; over the others it is the same. (Strided shards do not say is_shard.)"""
+    """The mesh's axes over which it is sharded; over the others it is the same. A strided shard denies is_shard()."""
     return tuple(axis for axis, placement in enumerate(weight.placements) if not placement.is_replicate())
 
 

@@ -64,8 +64,8 @@ def _spread(layer: MoE, group: Group) -> None:
     alone = layer.peers.group is None
     if not alone and layer.experts.expert_ids != tuple(ids):
         raise ValueError(
-            f"rank {peers.rank} holds experts {list(layer.experts.expert_ids)}; a DTensor over {peers.size} ranks wants "
-            f"{ids}. Make the layer with placement=in_order({layer.config.num_experts}, {peers.size}), or alone"
+            f"rank {peers.rank} holds experts {list(layer.experts.expert_ids)}; a DTensor over {peers.size} ranks "
+            f"wants {ids}. Make the layer with placement=in_order({layer.config.num_experts}, {peers.size}), or alone"
         )
     mesh = mesh_of(group, next(iter(weights.values())).device)
     for name, weight in weights.items():
