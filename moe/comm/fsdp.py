@@ -75,7 +75,7 @@ def _refuse_double_division(experts: Collection[nn.Parameter], ranks: int, polic
         dtype = policy.reduce_dtype or policy.param_dtype or weight.dtype
         if ranks == 1 and dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
-                f"expert gradients in {dtype} on an expert mesh that shards over 1 rank: torch would divide them twice; "
+                f"expert gradients in {dtype} on an expert mesh of 1 shard: torch would divide them twice; "
                 f"use mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), or a larger expert mesh"
             )
 

@@ -45,16 +45,15 @@ def shard_powers(pairs: Sequence[tuple[Tensor, Tensor | None]], norm_type: float
     for weight, grad in pairs:
         assert isinstance(weight, DTensor)
         by_mesh.setdefault((weight.device_mesh, _axes(weight)), []).append((weight, grad))
-    total: Tensor | None = None
+    totals: list[Tensor] = []
     for (mesh, axes), some in by_mesh.items():
         power = torch.stack([_power(weight, grad, norm_type) for weight, grad in some])
         power = power.sum() if norm_type != torch.inf else power.max()
         power = join(power, [Peers.of(mesh.get_group(axis)) for axis in axes], norm_type)
-        if total is None:
-            total = power
-        else:
-            total = torch.maximum(total, power) if norm_type == torch.inf else total + power
-    return total
+        totals.append(power)
+    if not totals:
+        return None
+    return torch.stack(totals).max() if norm_type == torch.inf else torch.stack(totals).sum()
 
 
 def join(part: Tensor, groups: Sequence[Peers], norm_type: float) -> Tensor:
