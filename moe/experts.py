@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.activation import Activation, SwiGLU
-from moe.comm import here, is_shard
+from moe.comm import here, is_shard, put
 from moe.compute import Compute, Fastest, Stack
 from moe.visit import Trip, visit
 
@@ -61,7 +61,7 @@ class Experts(nn.Module):
             for name, weight in self.named_parameters():
                 bound = (self.up if name.startswith("up") else self.down).shape[2] ** -0.5
                 drawn = torch.rand(weight.shape[1:], generator=generator, device="cpu", dtype=torch.float32)
-                weight[slot].copy_(drawn * (2 * bound) - bound)
+                put(drawn * (2 * bound) - bound, weight, slot, len(self.expert_ids))
 
     def rehouse(self, expert_ids: Sequence[int], weights: Mapping[str, Tensor]) -> None:
         """Hold other experts from now on. The parameters stay the objects they are, for whoever refers to them."""

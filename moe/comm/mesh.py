@@ -27,6 +27,25 @@ def as_shard(stack: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(stack, mesh, [Shard(0)], run_check=False)
 
 
+def put(line: Tensor, stack: Tensor, slot: int, slots: int) -> None:
+    """stack[slot] = line, or the part of it that is held here. A DTensor's last axis shares out the experts, `slots` of
+    them to a rank; the others are FSDP's, which may have sharded those slots, or the insides of every line."""
+    if isinstance(stack, DTensor):
+        for axis in _axes(stack):
+            ranks, rank = stack.device_mesh.size(axis), stack.device_mesh.get_local_rank(axis)
+            dim = getattr(stack.placements[axis], "dim", 0)
+            if axis == stack.device_mesh.ndim - 1:
+                continue
+            if dim > 0:
+                line = line.chunk(ranks, dim - 1)[rank]
+            elif rank != slot * ranks // slots:
+                return
+            else:
+                slot -= rank * (slots // ranks)
+        stack = stack.to_local()
+    stack[slot].copy_(line)
+
+
 def mesh_of(group: Group, device: torch.device) -> DeviceMesh:
     """A mesh as it is; the mesh of a process group."""
     if isinstance(group, DeviceMesh):

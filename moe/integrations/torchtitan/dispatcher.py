@@ -36,7 +36,9 @@ class Dispatcher(BaseEPTokenDispatcher):  # type: ignore[misc]
     class Config(BaseEPTokenDispatcher.Config):  # type: ignore[misc]
         pass
 
-    def dispatch(self, x_TD: Tensor, score_TK: Tensor, expert_TK: Tensor, count_E: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def dispatch(
+        self, x_TD: Tensor, score_TK: Tensor, expert_TK: Tensor, count_E: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
         """-> the rows of each expert here, one after the other, how many each has, and what combine must know"""
         if self.ep_mesh is None:
             local: tuple[Tensor, Tensor, Any] = LocalTokenDispatcher.dispatch(self, x_TD, score_TK, expert_TK, count_E)

@@ -63,9 +63,7 @@ class BalancedExperts(RoutedExperts):  # type: ignore[misc]
     ) -> Tensor:
         mesh = getattr(self.token_dispatcher, "ep_mesh", None)
         if mesh is None:
-            whole: Tensor = super().forward(
-                x_BLD, topk_scores_BLK, topk_expert_ids_BLK, num_local_tokens_per_expert_E
-            )
+            whole: Tensor = super().forward(x_BLD, topk_scores_BLK, topk_expert_ids_BLK, num_local_tokens_per_expert_E)
             return whole
         peers, width = Peers.of(mesh), topk_scores_BLK.shape[-1]
         x_TD, score_TK = x_BLD.reshape(-1, x_BLD.shape[-1]), topk_scores_BLK.reshape(-1, width)
@@ -94,7 +92,7 @@ class BalancedExperts(RoutedExperts):  # type: ignore[misc]
         up_SFD = torch.cat([here(inner.w1_EFD).to(dtype), here(inner.w3_EFD).to(dtype)], dim=1)
         placement = in_order(self.num_experts, peers.size)
         own, visiting = lend([up_SFD, here(inner.w2_EDF).to(dtype)], loans, placement, peers)
-        return Stack(*own, None, None), Stack(*visiting, None, None)
+        return Stack(own[0], own[1], None, None), Stack(visiting[0], visiting[1], None, None)
 
 
 def _choice(rows: Rows, score_TK: Tensor, num_experts: int) -> Choice:

@@ -46,9 +46,11 @@ class Net(nn.Module):
         return x
 
 
-def config(assigner: Any = LeastLoaded(headroom=1.0, min_chunk=1), balancer: Balancer = LossFree()) -> MoEConfig:
+def config(
+    assigner: Any = LeastLoaded(headroom=1.0, min_chunk=1), balancer: Balancer = LossFree(), experts: int = EXPERTS
+) -> MoEConfig:
     return MoEConfig(
-        dim=DIM, hidden=12, num_experts=EXPERTS, top_k=2, shared_hidden=4, bias=True, assigner=assigner,
+        dim=DIM, hidden=12, num_experts=experts, top_k=2, shared_hidden=4, bias=True, assigner=assigner,
         balancer=balancer,
     )  # fmt: skip
 

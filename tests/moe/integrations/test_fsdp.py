@@ -188,6 +188,18 @@ def test_experts_may_be_dtensors_without_fsdp(world: Worlds) -> None:
         assert clipped == pytest.approx(0.1, rel=1e-4)
 
 
+def few_experts() -> tuple[dict[str, Tensor], str]:
+    net = sharded(Net(config(experts=2), torch.float64), 2)
+    return gradients(net, [dist.get_rank()]), str(layers_of(net)[0].experts.up.placements)
+
+
+def test_one_expert_on_two_ranks_is_sharded_within(world: Worlds) -> None:
+    want = gradients(Net(config(experts=2), torch.float64), list(range(RANKS)))
+    for got, placements in world(RANKS).run(few_experts):
+        assert placements == "(Shard(dim=1), Shard(dim=0))"
+        same(got, want)
+
+
 def some_ranks_have_no_tokens() -> dict[str, Tensor]:
     rank, net = dist.get_rank(), sharded(Net(config(), torch.float64), 2)
     x = batch(rank, dtype=torch.float64)[: 0 if rank % 2 else None]

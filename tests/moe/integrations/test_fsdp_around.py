@@ -19,7 +19,19 @@ from torch.distributed.tensor.parallel import parallelize_module
 from moe import MoE, World, checkpoint, settle_prices
 from moe.integrations.fsdp import ExpertParallel, in_order, parallelize_experts, shard
 from placement import Placement
-from tests.moe.integrations.sharded import DIM, EXPERTS, Net, batch, config, full, layers_of, loss_of, meshes, sharded
+from tests.moe.integrations.sharded import (
+    DIM,
+    EXPERTS,
+    Net,
+    batch,
+    config,
+    full,
+    layers_of,
+    loss_of,
+    meshes,
+    sharded,
+    whole_state,
+)
 from tests.world import run
 
 Worlds = Callable[[int], World]
@@ -145,6 +157,34 @@ def test_experts_are_spread_by_plan_by_group_or_from_the_start(world: Worlds, ho
         assert torch.allclose(out, net(batch(rank)), atol=1e-5)
         assert shape == (EXPERTS, 24, DIM)
         assert local == (EXPERTS // 2, 24, DIM)
+
+
+def from_meta(ep: int, experts: int) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        net = Net(config(experts=experts))
+    sharded(net, ep)
+    net.to_empty(device="cpu")
+    for layer in layers_of(net):
+        torch.manual_seed(5)
+        layer.experts.reset_parameters()
+        layer.router.reset_parameters()
+    return {name: value for name, value in whole_state(net).items() if ".moe." in name and ".shared." not in name}
+
+
+@pytest.mark.parametrize("ep, experts", [(1, 8), (2, 8), (4, 8), (2, 2)])
+def test_a_model_made_on_meta_starts_with_the_experts_of_one_process(world: Worlds, ep: int, experts: int) -> None:
+    """Its router is drawn by torch's rule for DTensors, which is its own."""
+    layer = MoE(config(experts=experts))
+    torch.manual_seed(5)
+    layer.experts.reset_parameters()
+    for state in world(RANKS).run(from_meta, ep, experts):
+        for name, value in state.items():
+            if ".experts." in name:
+                assert torch.equal(value, layer.experts.get_parameter(name.rpartition(".")[2])), name
+            elif name.endswith("router.weight"):
+                assert 0.5 < value.std() * DIM**0.5 < 2
+            else:
+                assert not value.any(), name
 
 
 def refusals() -> dict[str, str]:
