@@ -129,6 +129,7 @@ class MoE(nn.Module):
 
     def expert_state(self) -> dict[int, dict[str, Tensor]]:
         """{expert: {name: tensor}} of the experts this rank homes, sharing memory with the parameters."""
+        self.experts.check_whole()
         return {
             expert: {name: weight.detach()[slot] for name, weight in self.experts.named_parameters()}
             for slot, expert in enumerate(self.experts.expert_ids)
@@ -138,6 +139,7 @@ class MoE(nn.Module):
     @torch.no_grad()
     def load_expert_state(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
         """From any such dict that holds this rank's experts, wherever they lived when it was saved. All, or nothing."""
+        self.experts.check_whole()
         copies: list[tuple[Tensor, Tensor]] = []
         for name, weight in self.experts.named_parameters():
             for slot, expert in enumerate(self.experts.expert_ids):

@@ -74,6 +74,11 @@ def test_the_deepspeed_example_trains_alike_on_one_process_and_on_four() -> None
     assert len(alone) == 5
 
 
+def test_the_fsdp_example_trains_alike_on_one_process_and_on_four() -> None:
+    alone, together = (run(command) for name, command in COMMANDS if name == "09_fsdp.py")
+    assert alone == together
+
+
 def test_the_demo_proves_what_it_shows(tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
     out = run(f"torchrun --standalone --nproc-per-node 4 scripts/demo.py --tokens 48 --picture {picture}".split())
