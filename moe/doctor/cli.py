@@ -1,8 +1,8 @@
 """moe-doctor: run a training script under examination.
 
 moe-doctor [--steps 5] [--json] train.py --its --arguments, or -m package.train; under torchrun: torchrun ... -m
-moe.doctor train.py. Every model with MoE blocks that the script calls is watched; after so many steps of its optimiser the
-script is stopped.
+moe.doctor train.py. Every model with MoE blocks that the script calls is watched; after so many steps of its optimiser
+the script is stopped.
 
 Exit codes: 0 nothing found; 1 something found; 2 misuse, or the script failed or had no MoE block, with the reason.
 """

@@ -5,8 +5,8 @@ Where a module's output is linear in a weight, y = W h, each of its columns d ob
     sum over f of W_df dW_df = sum over tokens of y_td dy_td
 
 whatever h and the rest of the module are. The left side is read from the gradient that the optimiser will see, the
-right from the passes of all micro-batches and ranks. Their quotient is by how much a gradient was scaled on its way, and the
-columns must agree on it, or nothing is said.
+right from the passes of all micro-batches and ranks. Their quotient is by how much a gradient was scaled on its way, and
+the columns must agree on it, or nothing is said.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def columns(weights: Sequence[Weight]) -> Columns | None:
             return None
         if weight.counted_A is not None:
             value, grad = value[list(weight.counted_A)], grad[list(weight.counted_A)]
-        product = (value.double() * grad.double()).movedim(weight.axis, 0).flatten(1).sum(dim=1).cpu().numpy()
+        product = (value.double() * grad.double()).movedim(weight.axis, 0).reshape(value.shape[weight.axis], -1)
+        product = product.sum(dim=1).cpu().numpy()
         total = product if total is None else total + product
     return total
 

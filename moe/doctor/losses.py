@@ -29,7 +29,7 @@ class _Forward:
 
 class _Step(NamedTuple):
     """One step on this rank. passes: forwards with backward. main: the scale of the mean of the model's own loss,
-    summed over them, None where it is none; aux: of the balancing loss; detached: forwards in which it got no gradient."""
+    summed over them, None where it is none; aux: of the balancing loss; detached: forwards that gave it none."""
 
     passes: int
     main: float | None

@@ -51,7 +51,7 @@ class FlatRouter(Examiner):
                     evidence=f"the logits of a token differ by {total / tokens:.1e} between experts (standard "
                     f"deviation; {int(tokens)} tokens, {steps} steps): every expert has the same probability",
                     remedy="check that the router is trained (in the optimiser, requires_grad, a learning rate) and "
-                    "not started at zero; if a balancing loss flattened it, lower its coefficient or use prices instead",
+                    "not started at zero; if a balancing loss flattened it, lower its coefficient or use prices",
                 )
 
 
