@@ -44,7 +44,8 @@ class Attendance:
         for block in self.blocks:
             undo.append(block.module.register_forward_pre_hook(self._entering(block), prepend=True).remove)
             undo.extend(block.listen(self._telling(block)))
-            undo.append(block.module.register_forward_hook(self._leaving(block)).remove)
+            # always: torch stops a recomputation in the middle of a forward, once it has what it wants
+            undo.append(block.module.register_forward_hook(self._leaving(block), always_call=True).remove)
         undo.append(register_optimizer_step_pre_hook(self._steps).remove)
         for original in (torch.nn.utils.clip_grad.clip_grad_norm_, moe.clip.clip_grad_norm):
             undo.append(replaced(original, self._clipping(original)))
