@@ -18,6 +18,8 @@ from moe.doctor.symptom import Symptom
 
 REFERENCES = 3
 OFF = 0.05
+RANKS_AGREE = 1e-4
+ROUGH, ROUGH_16 = 5e-3, 2e-2  # torch adds up squares in the type of the gradients
 
 
 class _Sample(NamedTuple):
@@ -147,11 +149,12 @@ def _scaled(name: str, factor: float, steps: int, ranks: int) -> Symptom:
 
 class _Norm(NamedTuple):
     """One clipping on this rank. plain: power of the gradients that all ranks have. expert: of those it holds, and how
-    many of each block's. told: the norm it was clipped by."""
+    many of each block's. rough: how far a right norm may be off by rounding. told: the norm it was clipped by."""
 
     norm_type: float
     plain: float
     expert: dict[str, tuple[float, int]]
+    rough: float
     told: float
 
 
@@ -178,7 +181,8 @@ class GradNorm(Examiner):
             power = sum(_power(p, norm_type, counted) for p in own)
             expert[block.name] = power, block.held()
         plain = sum(_power(p, norm_type, None) for p in parameters if id(p) not in of_experts)
-        self.open = _Norm(norm_type, plain, expert, 0.0)
+        low = any(p.grad is not None and p.grad.itemsize < 4 for p in parameters)
+        self.open = _Norm(norm_type, plain, expert, ROUGH_16 if low else ROUGH, 0.0)
 
     def clipped(self, norm: float) -> None:
         if self.open is not None and self.open.expert and self.open.norm_type != math.inf:
@@ -200,8 +204,10 @@ class GradNorm(Examiner):
                     copies = sum(norm.expert[name][1] for norm in norm_R) / num_experts
                     whole += sum(norm.expert[name][0] for norm in norm_R) / max(copies, 1.0)
             whole **= 1 / norm_R[0].norm_type
-            if any(abs(norm.told - whole) > 0.01 * whole for norm in norm_R):
-                wrong.append(([norm.told for norm in norm_R], whole))
+            told_R = [norm.told for norm in norm_R]
+            apart = max(told_R) - min(told_R) > RANKS_AGREE * whole
+            if apart or any(abs(told - whole) > norm_R[0].rough * whole for told in told_R):
+                wrong.append((told_R, whole))
         if wrong:
             told_R, whole = wrong[0]
             yield Symptom(

@@ -193,7 +193,7 @@ class PooledLayers(Examiner):
         share_LE, mean_LE = (torch.stack([part[at] for part in parts]) for at in range(2))
         experts = share_LE.shape[1]
         pooled = float(experts * (share_LE.mean(dim=0) * mean_LE.mean(dim=0)).sum())
-        if abs(pooled - float(aux)) <= CLOSE * pooled:
+        if abs(pooled - float(aux.detach())) <= CLOSE * pooled:
             each = float(experts * (share_LE * mean_LE).sum(dim=1).mean())
             self.seen.append((pooled / k, each / k))
 

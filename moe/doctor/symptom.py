@@ -48,8 +48,9 @@ class Report:
             console.print(f"moe-doctor: nothing found ({seen})", markup=False)
             return
         table = Table(title=f"moe-doctor: {_counted(len(self.symptoms), 'symptom')} ({seen})", show_lines=True)
-        for heading in ("symptom", "module", "evidence", "remedy"):
-            table.add_column(heading, overflow="fold")
+        table.add_column("symptom", no_wrap=True)
+        for heading, ratio in (("module", 1), ("evidence", 2), ("remedy", 2)):
+            table.add_column(heading, overflow="fold", ratio=ratio)
         for symptom in self.symptoms:
             table.add_row(*map(_escaped, (symptom.name, symptom.module, symptom.evidence, symptom.remedy)))
         console.print(table)

@@ -188,8 +188,6 @@ class Stacked(nn.Module):
         return torch.einsum("tef,edf,te->td", h_TEF, self.down, weight_TE)
 
 
-
-
 class HomeLM(nn.Module):
     """Homemade blocks, with adapters for the doctor. Its forward hands out the sum of their balancing losses."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
@@ -16,9 +15,28 @@ from moe import Elastic, charge, clip_grad_norm, settle_after, settle_prices
 from moe.doctor import doctor
 from placement import Packed, Topology
 from routing import Bip, EdgeQuantile, LossFree, Quantile, Sinkhorn, SwitchLoss, Unpriced
-from tests.moe.patients import EXPERTS, LM, HomeLM, batches, cross_entropy, examined, names, sgd, train, update, with_aux
+from tests.moe.patients import (
+    EXPERTS,
+    LM,
+    HomeLM,
+    batches,
+    examined,
+    names,
+    sgd,
+    train,
+    update,
+    with_aux,
+)
 
-BALANCERS = [Unpriced(), LossFree(), LossFree(rule="proportional", step=0.1), Bip(), Quantile(), EdgeQuantile(), Sinkhorn()]
+BALANCERS = [
+    Unpriced(),
+    LossFree(),
+    LossFree(rule="proportional", step=0.1),
+    Bip(),
+    Quantile(),
+    EdgeQuantile(),
+    Sinkhorn(),
+]
 
 
 @pytest.mark.parametrize("balancer", BALANCERS, ids=str)
@@ -82,9 +100,7 @@ def test_a_balancing_loss_that_goes_nowhere_is_found() -> None:
 
 def test_a_balancing_loss_that_is_not_divided_by_the_micro_batches_is_found() -> None:
     model = LM(losses=(SwitchLoss(coefficient=1e-2),))
-    report = examined(
-        model, micro=4, loss_of=lambda model, loss: charge(model, loss / 4), after_step=settle_prices
-    )
+    report = examined(model, micro=4, loss_of=lambda model, loss: charge(model, loss / 4), after_step=settle_prices)
     assert names(report) == {"aux-loss-scale"}
     assert "4 micro-batches" in report.symptoms[0].evidence
 
@@ -209,7 +225,7 @@ def test_an_elastic_that_is_not_stepped_is_found() -> None:
 
 
 def test_the_doctor_changes_no_number() -> None:
-    options: dict[str, Any] = dict(padded=True, micro=2, after_step=settle_prices)
+    options: dict[str, Any] = {"padded": True, "micro": 2, "after_step": settle_prices}
     options["before_step"] = lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     for recompute in ("none", "reentrant", "non-reentrant"):
         plain, watched = LM(recompute=recompute), LM(recompute=recompute)
@@ -239,7 +255,10 @@ def test_nothing_of_the_doctor_stays_behind() -> None:
 
 
 def test_a_model_without_experts_is_refused() -> None:
-    with pytest.raises(ValueError, match="Linear has no MoE block that the doctor knows; describe yours"), doctor(nn.Linear(2, 2)):
+    with (
+        pytest.raises(ValueError, match="Linear has no MoE block that the doctor knows; describe yours"),
+        doctor(nn.Linear(2, 2)),
+    ):
         pass
 
 
