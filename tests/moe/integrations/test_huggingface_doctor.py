@@ -32,7 +32,7 @@ def patient(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any
     model = make(family, dtype, **{"num_hidden_layers": 3, **more}).train()
     for name, bias in model.named_buffers():
         if "correction_bias" in name:
-            bias *= 0.1
+            bias.mul_(0.1)
     return model
 
 
