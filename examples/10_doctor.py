@@ -43,8 +43,9 @@ def train(model: Model) -> float:
             mask = (torch.arange(24) < torch.randint(8, 25, (8, 1), generator=generator)).long()
             ids = ids * mask
             labels = ids.where(mask.bool(), -100)
-            loss: Tensor = F.cross_entropy(model(ids, attention_mask=mask).flatten(0, 1), labels.flatten()) / MICRO
-            loss.backward()
+            logits = model(ids, attention_mask=mask)
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten()) / MICRO
+            loss.backward()  # type: ignore[no-untyped-call]
             if not model.mended:
                 settle_prices(model)
         optimizer.step()

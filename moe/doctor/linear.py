@@ -37,11 +37,27 @@ class Through:
         value = y.detach()
 
         def add(dy: Tensor) -> None:
-            product_DN = (value.double() * grad.double()).movedim(weight.axis, 0).reshape(value.shape[weight.axis], -1)
+            product = (value.double() * dy.detach().double()).reshape(-1, value.shape[-1]).sum(dim=0).cpu().numpy()
+            self.total = product if self.total is None else self.total + product
 
+        y.register_hook(add)  # type: ignore[no-untyped-call]
+
+    def clear(self) -> None:
+        self.total = None
+
+
+def columns(weights: Sequence[Weight]) -> Columns | None:
+    """sum of W dW for each column of the output, over all the weights; None where a gradient is not to be had."""
+    total: Columns | None = None
+    for weight in weights:
+        value, grad = weight.parameter.detach(), weight.parameter.grad
+        if grad is None or type(grad) is not Tensor or grad.is_sparse or grad.shape != value.shape:
+            return None
+        if weight.counted_A is not None:
+            value, grad = value[list(weight.counted_A)], grad[list(weight.counted_A)]
+        product_DN = (value.double() * grad.double()).movedim(weight.axis, 0).reshape(value.shape[weight.axis], -1)
         product: Columns = product_DN.sum(dim=1).cpu().numpy()
         total = product if total is None else total + product
-
     return total
 
 
