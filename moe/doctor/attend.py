@@ -82,7 +82,7 @@ class Attendance:
         def tell(said: Said) -> None:
             again = recomputing()
             tokens = next((len(part) for part in (said.x_TD, said.chosen_TE) if part is not None), 0)
-            mask_T = None if again else aligned(self._mask, tokens)
+            mask_T = None if again else aligned(self._mask, tokens, block.sequence_first)
             real_T = said.real_T if mask_T is None else mask_T
             heard = Heard(block, said, real_T, said.real_T is not None, again, block.module.training)
             with torch.no_grad():
@@ -147,9 +147,11 @@ def mask_of(named: dict[str, Any], pad: int | None) -> Tensor | None:
     return ~run if bool((run.sum(-1) >= 2).any()) and ids.ndim == 2 else None
 
 
-def aligned(mask: Tensor | None, tokens: int) -> Tensor | None:
+def aligned(mask: Tensor | None, tokens: int, sequence_first: bool) -> Tensor | None:
     """A line for each token of the router, where there are as many."""
-    return mask.reshape(-1) if mask is not None and mask.numel() == tokens else None
+    if mask is None or mask.numel() != tokens:
+        return None
+    return (mask.mT if sequence_first and mask.ndim == 2 else mask).reshape(-1)
 
 
 def replaced(original: Callable[..., Any], replacement: Callable[..., Any]) -> Undo:

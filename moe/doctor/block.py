@@ -48,6 +48,7 @@ class Block:
     price: what is taken off the scores, to be settled from loads. counts: rows for each expert since they were settled.
     settled: how often that was done. moves: there is a balancer, so prices ought to move. feeds: something
     balances loads: prices, or a loss. spread: its experts live on several ranks.
+    sequence_first: its tokens come as [S, B], not [B, S].
     """
 
     name: str
@@ -66,6 +67,7 @@ class Block:
     moves: bool = False
     feeds: bool = False
     spread: bool = False
+    sequence_first: bool = False
 
 
 def listening(module: nn.Module, read: Callable[[Any, Any], Said | None]) -> Callable[[Tell], list[Callable[[], None]]]:

@@ -178,7 +178,7 @@ def _megatron(name: str, router: nn.Module) -> Block:
     enabled = bool(getattr(config, "moe_router_enable_expert_bias", False))
     return Block(
         host="megatron", name=name, module=router, num_experts=num_experts, listen=listen, price=bias, counts=counts,
-        top_k=config.moe_router_topk, moves=enabled, feeds=enabled,
+        top_k=config.moe_router_topk, moves=enabled, feeds=enabled, sequence_first=True,
     )  # fmt: skip
 
 

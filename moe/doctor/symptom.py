@@ -41,7 +41,9 @@ class Report:
 
     def show(self, console: Console | None = None) -> None:
         console = Console() if console is None else console
-        seen = f"{len(self.blocks)} MoE blocks, {_counted(self.steps, 'step')}, {_counted(self.ranks, 'rank')}"
+        seen = (
+            f"{_counted(len(self.blocks), 'MoE block')}, {_counted(self.steps, 'step')}, {_counted(self.ranks, 'rank')}"
+        )
         if self.alone:
             seen += "; this rank failed, so only what it saw itself"
         if self.clean:
