@@ -36,7 +36,7 @@ def found(model: Model, *, steps: int = 4, mask: Tensor | None = None, loss_of: 
     optimizer = SGD(model.parameters(), lr=0.01)
     with doctor(model) as report:
         for _ in range(steps):
-            loss_of(model, model(torch.randn(8, 4, DIM), attention_mask=mask)).backward()
+            loss_of(model, model(torch.randn(8, 4, DIM) + 0.5, attention_mask=mask)).backward()
             if after is not None:
                 after(model.router)
             optimizer.step()
@@ -70,6 +70,7 @@ def of_megatron() -> list[set[str]]:
             router = TopKRouter(config=config, pg_collection=groups)
             router.set_layer_number(1)
             nn.init.normal_(router.weight, std=0.3)
+            router.weight.data[0] += 0.1  # somewhat hot
             return Model(router, lambda model, x: model.router(x)[0])
 
         def update(router: Any) -> None:
