@@ -136,7 +136,7 @@ def mask_of(named: dict[str, Any], pad: int | None) -> Tensor | None:
     """
     for name in ("attention_mask", "valid"):
         mask = named.get(name)
-        if isinstance(mask, Tensor) and mask.ndim <= 2 and not (mask.is_floating_point() and (mask < 0).any()):
+        if isinstance(mask, Tensor) and mask.ndim <= 2 and _tells_padding(mask):
             return mask != 0
     ids, labels = named.get("input_ids"), named.get("labels")
     if pad is None or not (isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.shape == labels.shape):
@@ -145,6 +145,17 @@ def mask_of(named: dict[str, Any], pad: int | None) -> Tensor | None:
     tail = idle.flip(-1).long().cumprod(-1).flip(-1) + idle.long().cumprod(-1)
     run = tail.bool()
     return ~run if bool((run.sum(-1) >= 2).any()) and ids.ndim == 2 else None
+
+
+def _tells_padding(mask: Tensor) -> bool:
+    """Neither something to add to scores, which is 0 where nothing is masked, nor who attends to whom."""
+    causal = (
+        mask.ndim == 2
+        and mask.shape[0] == mask.shape[1] > 1
+        and torch.equal(mask, mask.tril())
+        and bool(mask[-1].all())
+    )
+    return bool((mask >= 0).all()) and bool((mask > 0).any()) and not causal
 
 
 def aligned(mask: Tensor | None, tokens: int, sequence_first: bool) -> Tensor | None:

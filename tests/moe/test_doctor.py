@@ -13,6 +13,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 import moe.clip
 from moe import Elastic, charge, clip_grad_norm, settle_after, settle_prices
 from moe.doctor import doctor
+from moe.doctor.attend import mask_of
 from placement import Packed, Topology
 from routing import Bip, EdgeQuantile, LossFree, Quantile, Sinkhorn, SwitchLoss, Unpriced
 from tests.moe.patients import (
@@ -252,6 +253,19 @@ def test_nothing_of_the_doctor_stays_behind() -> None:
     assert torch.nn.utils.clip_grad_norm_ is clip
     assert moe.clip_grad_norm is ours
     assert (hooks(model), dict(vars(model.blocks[0])).keys(), len(_global_optimizer_pre_hooks)) == before
+
+
+def test_only_what_tells_padding_is_taken_for_it() -> None:
+    ids = torch.tensor([[5, 6, 0, 0], [5, 0, 6, 7]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    for known in (mask, mask.bool(), mask.float()):
+        assert torch.equal(mask_of({"attention_mask": known}, None), mask.bool())
+    for other in (torch.zeros(2, 4), torch.tensor([[0.0, -1e9]]), torch.ones(4, 4).tril(), torch.ones(2, 1, 4, 4)):
+        assert mask_of({"attention_mask": other}, None) is None
+    labels = ids.where(mask.bool(), -100)
+    assert torch.equal(mask_of({"input_ids": ids, "labels": labels}, 0), mask.bool())
+    assert mask_of({"input_ids": ids, "labels": ids}, 0) is None  # a padding token that is learnt is none
+    assert mask_of({"input_ids": ids}, 0) is None
 
 
 def test_a_model_without_experts_is_refused() -> None:

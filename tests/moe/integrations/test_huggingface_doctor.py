@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +147,23 @@ def test_a_balancing_loss_that_is_added_for_every_micro_batch_is_found() -> None
     report = examined(model, micro=4, loss_of=loss_of)
     assert names(report) == {"aux-loss-scale"}
     assert "4 micro-batches" in report.symptoms[0].evidence
+
+
+def test_a_trap_of_trainer_itself_is_found(tmp_path: Path) -> None:
+    """It divides the own loss by the tokens of all micro-batches, and adds the balancing loss of each whole."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed; pip install 'evenmoe[dev]'")
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=3,
+        optim="sgd", report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in prompt(0, batch=16, length=16)]
+    model = patient("mixtral", output_router_logits=True)
+    with doctor(model) as report:
+        Trainer(model, arguments, train_dataset=data).train()
+    assert names(report.report) == {"aux-loss-scale"}
+    assert "weighs 4 times" in report.symptoms[0].evidence
 
 
 def test_a_balancing_loss_without_the_mask_is_found() -> None:
