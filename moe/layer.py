@@ -159,6 +159,14 @@ class MoE(nn.Module):
         self.experts.rehouse(placement.experts_of(self.peers.rank).tolist(), weights)
         self.placement = placement
 
+    def resettle(self, placement: Placement, peers: Peers) -> None:
+        """Another placement among other peers from the next step on. The weights stay: experts that the placement does
+        not put here get no rows. Every rank must call; see Live."""
+        _placement(self.config, peers, placement)
+        if missing := set(placement.experts_of(peers.rank).tolist()) - set(self.experts.expert_ids):
+            raise ValueError(f"the placement puts experts {sorted(missing)} on this rank, which does not hold them")
+        self.placement, self.peers = placement, peers
+
     def extra_repr(self) -> str:
         return f"rank {self.peers.rank} of {self.peers.size}, {self.config.assigner}"
 
@@ -224,8 +232,9 @@ class MoE(nn.Module):
     def _weights(self, loans: tuple[Loan, ...]) -> tuple[Stack, Stack]:
         stack = self.experts.stack()
         names = [name for name, weight in zip(Stack._fields, stack) if weight is not None]
-        weights = tie([weight for weight in stack if weight is not None], self.placement, self.peers)
-        own, visiting = lend(weights, loans, self.placement, self.peers)
+        ids = self.experts.expert_ids
+        weights = tie([weight for weight in stack if weight is not None], ids, self.placement, self.peers)
+        own, visiting = lend(weights, ids, loans, self.peers)
         empty: dict[str, Tensor | None] = {"up_bias": None, "down_bias": None}
         return Stack(**(empty | dict(zip(names, own)))), Stack(**(empty | dict(zip(names, visiting))))  # type: ignore[arg-type]
 

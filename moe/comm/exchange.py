@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.comm.group import Peers
+from moe.comm.group import Peers, reaching_peers
 
 
 def exchange(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: Peers) -> Tensor:
@@ -50,5 +50,6 @@ def _swap(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: P
     source, target = row_ND.contiguous(), row_MD
     if source.is_floating_point() and source.element_size() == 1:  # no backend reduces fp8, but all carry bytes
         source, target = source.view(torch.uint8), target.view(torch.uint8)
-    dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group)
+    with reaching_peers():
+        dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group)
     return row_MD

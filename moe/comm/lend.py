@@ -30,16 +30,16 @@ class _Trip(NamedTuple):
 
 
 def lend(
-    weights: Sequence[Tensor], loans: Sequence[Loan], placement: Placement, peers: Peers
+    weights: Sequence[Tensor], ids: Sequence[int], loans: Sequence[Loan], peers: Peers
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """weights: this rank's experts, [slots, ...] each. -> the same, and those of the experts that visit this rank.
+    """weights: this rank's experts ids, [slots, ...] each. -> the same, and those of the experts that visit this rank.
 
     The visitors are ordered by lender, then expert, as in `visitors`. All ranks must give the same loans. The returned
     own weights must be used in place of the given ones, for the gradients that come home to reach them.
     """
     if not loans:
         return list(weights), [weight.detach()[:0] for weight in weights]
-    slot_of = {int(expert): slot for slot, expert in enumerate(placement.experts_of(peers.rank))}
+    slot_of = {expert: slot for slot, expert in enumerate(ids)}
     out = sorted((loan.borrower, loan.expert) for loan in loans if loan.lender == peers.rank)
     trip = _Trip(
         slots=tuple(slot_of[expert] for _, expert in out),
@@ -57,13 +57,14 @@ def visitors(loans: Sequence[Loan], rank: int) -> list[int]:
     return [expert for _, expert in sorted((loan.lender, loan.expert) for loan in loans if loan.borrower == rank)]
 
 
-def tie(weights: Sequence[Tensor], placement: Placement, peers: Peers) -> list[Tensor]:
+def tie(weights: Sequence[Tensor], ids: Sequence[int], placement: Placement, peers: Peers) -> list[Tensor]:
     """The same weights; in backward, every copy of an expert gets the gradient of all copies."""
     if placement.slots == placement.num_experts or peers.group is None:
         return list(weights)
     shared = [(rank, int(e)) for rank in range(peers.size) for e in placement.experts_of(rank) if rank != peers.rank]
-    slot_of = {int(expert): slot for slot, expert in enumerate(placement.experts_of(peers.rank))}
-    out = sorted((rank, expert) for rank, expert in shared if expert in slot_of)
+    slot_of = {expert: slot for slot, expert in enumerate(ids)}
+    mine = set(placement.experts_of(peers.rank).tolist())
+    out = sorted((rank, expert) for rank, expert in shared if expert in mine)
     splits = _tally((rank for rank, _ in out), peers.size)
     trip = _Trip(slots=tuple(slot_of[expert] for _, expert in out), send_R=splits, recv_R=splits, peers=peers)
     return list(_Tie.apply(trip, *weights))  # type: ignore[no-untyped-call]

@@ -109,7 +109,7 @@ def _lend_and_return(dtype: torch.dtype) -> _Answer:
     peers = Peers.of(dist.group.WORLD)
     ids = PLACEMENT.experts_of(peers.rank).tolist()
     weight = torch.tensor([[float(e)] * 2 for e in ids], dtype=dtype, requires_grad=True)
-    (own,), (visiting,) = lend([weight], LOANS, PLACEMENT, peers)
+    (own,), (visiting,) = lend([weight], ids, LOANS, peers)
     assert len(visiting) == len(visitors(LOANS, peers.rank))
     (own.sum() + 10 * (peers.rank + 1) * visiting.sum()).backward()
     assert weight.grad is not None
@@ -118,10 +118,9 @@ def _lend_and_return(dtype: torch.dtype) -> _Answer:
 
 def _small_returns() -> Any:
     peers = Peers.of(dist.group.WORLD)
-    placement = Placement(expert_RS=np.array([[0], [-1], [-1]]))
     loans = tuple(Loan(expert=0, lender=0, borrower=borrower) for borrower in (1, 2))
     weight = torch.ones(1 if peers.rank == 0 else 0, 1, dtype=torch.bfloat16, requires_grad=True)
-    (own,), (visiting,) = lend([weight], loans, placement, peers)
+    (own,), (visiting,) = lend([weight], range(len(weight)), loans, peers)
     (256 * own.sum() + visiting.sum()).backward()
     assert weight.grad is not None
     return weight.grad.tolist()
@@ -139,7 +138,7 @@ def _tie(placement: Placement) -> Any:
     peers = Peers.of(dist.group.WORLD)
     weight = torch.zeros(len(placement.experts_of(peers.rank)), 3, requires_grad=True)
     pull = torch.randn(weight.shape, generator=torch.Generator().manual_seed(peers.rank))
-    (own,) = tie([weight], placement, peers)
+    (own,) = tie([weight], placement.experts_of(peers.rank).tolist(), placement, peers)
     (own * pull).sum().backward()
     assert weight.grad is not None
     return [*weight.grad.tolist(), pull.tolist()]
