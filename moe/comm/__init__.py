@@ -1,14 +1,33 @@
 """The only place that talks to torch.distributed. Every rank runs every collective, with rows or without."""
 
+from moe.comm.ballot import Ballot
 from moe.comm.exchange import exchange
-from moe.comm.group import EVERYONE, Everyone, Group, Peers, gather_counts, gather_objects, max_over, nodes_of, sum_over
+from moe.comm.group import (
+    EVERYONE,
+    Everyone,
+    Group,
+    Peers,
+    PeersLostError,
+    gather_counts,
+    gather_objects,
+    max_over,
+    nodes_of,
+    sum_over,
+)
 from moe.comm.lend import lend, tie, visitors
+from moe.comm.membership import CoordinatorLostError, Membership, View, ask
 from moe.comm.move import WORD, checksums, ship
+from moe.comm.parcel import Pace, receive_parcel, send_parcel
+from moe.comm.process import kill, spare
+from moe.comm.serve import Server
+from moe.comm.standby import Meeting
 from moe.comm.store import Folder, Stored, read_tensors, stored_tensors, write_tensors
 from moe.comm.world import World, WorldError, world_group
 
 __all__ = [
-    "EVERYONE", "WORD", "Everyone", "Folder", "Group", "Peers", "Stored", "World", "WorldError", "checksums",
-    "exchange", "gather_counts", "gather_objects", "lend", "max_over", "nodes_of", "read_tensors", "ship",
-    "stored_tensors", "sum_over", "tie", "visitors", "world_group", "write_tensors",
+    "EVERYONE", "WORD", "Ballot", "CoordinatorLostError", "Everyone", "Folder", "Group", "Meeting", "Membership",
+    "Pace", "Peers", "PeersLostError", "Server", "Stored", "View", "World", "WorldError", "ask", "checksums",
+    "exchange", "gather_counts", "gather_objects", "kill", "lend", "max_over", "nodes_of", "read_tensors",
+    "receive_parcel", "send_parcel", "ship", "spare", "stored_tensors", "sum_over", "tie", "visitors", "world_group",
+    "write_tensors",
 ]  # fmt: skip

@@ -1,0 +1,304 @@
+"""Live: a model that serves while ranks come, go and die.
+
+    live = Live.found(address, plan, build)      # or, later and elsewhere: Live.join(address, build)
+    while live.serves():
+        y = live.run(lambda: model_step(live.model, next_request()))
+
+`run` does a step, and does it again if a member died in it; a step must not change anything before it returns. All
+members run their steps together, with tokens or without. Between two steps the member takes over what arrived in the
+background, and changes over to the next epoch once all members said, in a step, that they are ready for it: no message
+more than the step has anyhow.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Self, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from moe.comm import Ballot, CoordinatorLostError, Meeting, Membership, Peers, PeersLostError, View
+from moe.course import Phase
+from moe.epoch import EMPTY, Change, Epoch
+from moe.recovery import ExpertsLostError, Restore
+from moe.salvage import Salvage
+from moe.staging import Staging, Trimming
+from moe.stock import Stock
+from moe.terms import Terms
+from placement import Placement, Plan
+
+T = TypeVar("T")
+Build = Callable[[Peers, Plan], nn.Module]
+
+
+class ReleasedError(RuntimeError):
+    """A member that stood by is not wanted any more."""
+
+
+class Live:
+    """member: its number. epoch: None where it does not serve. retries: steps done again. model: what build made."""
+
+    def __init__(self, address: str | os.PathLike[str], build: Build, terms: Terms, plan: Plan | None) -> None:
+        self.terms = terms
+        founding = None if plan is None else plan.to_json()
+        self.membership = Membership(address, plan=founding, slots=terms.slots, beat=terms.beat, timeout=terms.patience)
+        self.member = self.membership.number
+        view = self.membership.wait(lambda view: view["epoch"] is not None, terms.patience)
+        epoch = Epoch.read(view["epoch"])
+        assert epoch.plan is not None
+        self.epoch: Epoch | None = None
+        self.steps = self.retries = self.bytes = 0
+        self._number = self._handled = 0
+        self._staging: Staging | None = None
+        self._trimming: Trimming | None = None
+        self._old: object = None
+        self._fresh = False
+        self._salvage = Salvage(terms.read)
+        if self.member in epoch.members and plan is not None:
+            self._number = self._handled = epoch.number
+            peers = self._meeting().meet(f"epoch-{epoch.number}", *self._place(epoch), Ballot(epoch.number))
+            self.model = _built(build, peers, epoch.plan)
+            self.stock, self.epoch, self.peers = Stock(self.model), epoch, peers
+        else:
+            self.peers = OUTSIDE
+            self.model = _built(build, OUTSIDE, _elsewhere(epoch.plan))
+            self.stock = Stock(self.model)
+
+    @classmethod
+    def found(cls, address: str | os.PathLike[str], plan: Plan, build: Build, terms: Terms = Terms()) -> Self:
+        """One of the first members: as many as the plan has ranks, all with the same plan. Returns when all are here.
+        build(group, plan): the model, its layers with this group and the plan's placements."""
+        return cls(address, build, terms, plan)
+
+    @classmethod
+    def join(cls, address: str | os.PathLike[str], build: Build, terms: Terms = Terms()) -> Self:
+        """Stand by until wanted. build is given a plan that puts no expert here; weights come from those who serve."""
+        return cls(address, build, terms, None)
+
+    def serves(self) -> bool:
+        """True when there is a step to run. Who is to come, or about to go, waits here; False once it is released."""
+        seen: View | None = None
+        while self.epoch is None:
+            view = seen = self._news(seen)
+            if self.member in view["released"]:
+                return False
+            self._heed(view)
+        return True
+
+    def run(self, step: Callable[[], T]) -> T:
+        """A step, done again where a member died in it. What it raises besides is raised."""
+        tries, dead = 0, 0
+        while True:
+            view = self._view()
+            tries, dead = (tries + 1, dead) if len(view["dead"]) == dead else (1, len(view["dead"]))
+            try:
+                self._heed(view)
+                if self.epoch is None and not self.serves():
+                    raise ReleasedError(f"member {self.member} was released before its step was done")
+                result = step()
+            except PeersLostError:
+                if tries >= self.terms.tries:
+                    raise
+                self.retries += 1
+                self._recover(self._number)
+            else:
+                self._after()
+                return result
+
+    def close(self) -> None:
+        """Leave, and let go of everything. Of a member that serves this is a failure to the others: drain it first."""
+        for task in (self._staging, self._trimming):
+            if task is not None:
+                task.abandon()
+                task.join(2 * self.terms.timeout)
+        self._staging = self._trimming = self._old = None
+        self.peers = OUTSIDE
+        for layer in self.stock.layers:
+            layer.peers = OUTSIDE
+        self.membership.close()
+
+    # between two steps
+
+    def _view(self) -> View:
+        self.membership.check()
+        assert self.membership.view is not None
+        return self.membership.view
+
+    def _news(self, seen: View | None) -> View:
+        """Another view than the one seen. Who does not serve may stand by for long."""
+        while True:
+            try:
+                return self.membership.wait(lambda view: view is not seen, 3600.0, self._something_waits)
+            except CoordinatorLostError:
+                continue
+
+    def _something_waits(self) -> bool:
+        return self._staging is not None and self._staging.handover.waiting
+
+    @torch.inference_mode(False)
+    def _heed(self, view: View) -> None:
+        """What the coordinator wants, and what came in the background."""
+        if self.member in view["report"]:
+            coming = 0 if view["change"] is None else view["change"]["new"]["number"]
+            self._recover(coming if self.epoch is None else self._number)
+            return
+        for task in (self._staging, self._trimming):
+            if task is not None:
+                task.handover.take(self.stock)
+        if self._trimming is not None and self._trimming.done:
+            self._trimming = None
+        fields = view["change"]
+        number = 0 if fields is None else fields["new"]["number"]
+        if self._staging is not None and self._staging.number != number:
+            self._abandon()
+            self._trim()
+        if number > self._handled and self._staging is None and self._trimming is None:
+            change = Change.read(fields)
+            if self.member in change.union:
+                self._handled = number
+                self._staging = self._staged(change)
+        ready = self._staging is not None and self._staging.ready and view["go"] and self._staging.number == number
+        if self.epoch is None and ready and self._staging is not None:
+            self._flip(self._staging)
+        elif self.peers.ballot is not None:
+            self.peers.ballot.ready = number if ready else 0
+            self.peers.ballot.agreed = 0
+
+    def _after(self) -> None:
+        """A step is done: all members were in one epoch."""
+        self.steps += 1
+        self.membership.steps = self.steps
+        if self._fresh:
+            self._fresh = False
+            self.terms.at(Phase.FREE)
+            self._old = None
+            self.membership.tell("reached", epoch=self._number, phase=int(Phase.FREE))
+            self._trim()
+        ballot, staging = self.peers.ballot, self._staging
+        if ballot is not None and staging is not None and ballot.agreed == staging.number:
+            self._flip(staging)
+
+    def _flip(self, staging: Staging) -> None:
+        """All members do this after the same step. The old group is kept for a step: others may still be reading."""
+        self.terms.at(Phase.FLIP)
+        new = staging.change.new
+        if self.epoch is not None:  # of who comes it proves nothing
+            self.membership.tell("reached", epoch=new.number, phase=int(Phase.FLIP))
+        self._old, self._staging = (self.peers, staging.crossing), None
+        self.bytes += staging.bytes
+        self._number = new.number
+        if staging.peers is None:
+            self.epoch = None
+            return
+        self._enter(new, staging.peers)
+
+    def _enter(self, epoch: Epoch, peers: Peers) -> None:
+        assert epoch.plan is not None
+        for layer, placement in zip(self.stock.layers, epoch.plan.placement_L, strict=True):
+            layer.resettle(placement, peers)
+        self.epoch, self.peers, self._fresh = epoch, peers, True
+
+    def _trim(self) -> None:
+        if self.epoch is not None:
+            epoch, held_L = self.epoch, self.stock.held_L
+            if any(epoch.experts_of(self.member, layer) != held for layer, held in enumerate(held_L)):
+                self._trimming = Trimming(epoch, self.member, self.stock, self.membership.wake)
+
+    def _staged(self, change: Change) -> Staging:
+        number = change.new.number
+        return Staging(
+            change,
+            self.member,
+            self.stock,
+            self.model,
+            meeting=self._meeting(),
+            pace=self.terms.pace,
+            tell=lambda phase: self.membership.tell("reached", epoch=number, phase=int(phase)),
+            failed=lambda reason: self.membership.tell("failed", epoch=number, reason=reason),
+            notify=self.membership.wake,
+            at=self.terms.at,
+        )
+
+    def _abandon(self) -> None:
+        if self._staging is not None:
+            self._staging.abandon()
+            self._salvage.rows |= self._staging.arrived
+            self._staging = None
+
+    # after a death
+
+    @torch.inference_mode(False)
+    def _recover(self, number: int) -> None:
+        """The epoch of that number broke: report what is here, and go on in a later one as the coordinator says."""
+        deadline = time.monotonic() + self.terms.patience
+        while True:
+            self._let_go()
+            self.epoch = None
+            view = self._resolved(number, deadline)
+            if view["lost"]:
+                raise ExpertsLostError({int(layer): experts for layer, experts in view["lost"].items()})
+            epoch = Epoch.read(view["epoch"])
+            self._number = self._handled = number = epoch.number
+            if self.member not in epoch.members:
+                self._salvage.rows = {}
+                return
+            try:
+                peers = self._meeting().meet(f"epoch-{number}", *self._place(epoch), Ballot(number))
+                self._salvage.restore(
+                    self.stock, epoch, self.member, [Restore(**fields) for fields in view["restores"]]
+                )
+            except PeersLostError:
+                continue
+            self._enter(epoch, peers)
+            return
+
+    def _let_go(self) -> None:
+        """The last references to the groups: whoever waits for this member hears that it has given up."""
+        self._abandon()
+        if self._trimming is not None:
+            self._trimming.abandon()
+            self._trimming = None
+        self._old, self.peers = None, OUTSIDE
+        for layer in self.stock.layers:
+            layer.peers = OUTSIDE
+
+    def _resolved(self, number: int, deadline: float) -> View:
+        """Tells again now and then: the line may have been cut."""
+        while True:
+            self.membership.tell("broken", epoch=number, inventory=self._salvage.inventory(self.stock).fields())
+            try:
+                return self.membership.wait(
+                    lambda view: bool(view["lost"]) or (not view["report"] and view["epoch"]["number"] > number),
+                    min(4 * self.terms.beat, max(deadline - time.monotonic(), 0.0)),
+                )
+            except CoordinatorLostError:
+                if time.monotonic() > deadline:
+                    raise
+
+    def _meeting(self) -> Meeting:
+        line, terms = self.membership, self.terms
+        return Meeting(
+            store=(line.there, int(self._view()["store"])), here=line.here, device=terms.device, timeout=terms.timeout
+        )
+
+    def _place(self, epoch: Epoch) -> tuple[int, int]:
+        return epoch.rank_of(self.member), len(epoch.members)
+
+
+OUTSIDE = Peers(group=None, rank=1, size=2)
+
+
+@torch.inference_mode(False)
+def _built(build: Build, group: Peers, plan: Plan) -> nn.Module:
+    """Its weights will change, which those made for inference alone do not like."""
+    return build(group, plan)
+
+
+def _elsewhere(plan: Plan) -> Plan:
+    """All experts on another rank."""
+    tables = [np.stack([np.arange(p.num_experts), np.full(p.num_experts, EMPTY)]) for p in plan.placement_L]
+    return Plan(placement_L=tuple(Placement(expert_RS=table) for table in tables), layer_L=plan.layer_L)

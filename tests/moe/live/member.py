@@ -1,0 +1,162 @@
+"""What a member does in tests: serve numbered requests, check every answer to the bit, and fail where it is told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe import Loop, MoE, MoEConfig, ReLU2
+from moe.comm import Pace, Peers
+from moe.course import Phase
+from moe.live import Live
+from moe.terms import Terms
+from placement import Placement, Plan
+
+LAYERS, DIM, HIDDEN, TOKENS = 2, 8, 16, 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """At a phase, in one member, once: a signal to itself, or to another process."""
+
+    member: int
+    phase: Phase
+    signal: int = signal.SIGKILL
+    victim: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """How a member takes part. plan: of a founder. limit: steps after which it ends, 0 for when it is released."""
+
+    address: str
+    experts: int
+    plan: Plan | None = None
+    fault: Fault | None = None
+    timeout: float = 6.0
+    reads: bool = False
+    limit: int = 0
+    pause: float = 0.0
+    slots: int = 0
+    pace: Pace = Pace()
+    log: str = ""
+
+
+@dataclass
+class Told:
+    """What a member says when it ends."""
+
+    pid: int
+    member: int
+    served: list[int] = field(default_factory=list)
+    wrong: int = 0
+    retries: int = 0
+    error: str = ""
+    held: Any = None
+    epochs: list[int] = field(default_factory=list)
+    most: list[int] = field(default_factory=list)
+
+
+class Net(nn.Module):
+    """Two layers whose numbers are small and whole, so that sums are exact in any order."""
+
+    def __init__(self, experts: int, group: Any, placements: tuple[Placement, ...] | None, seed: int = 0) -> None:
+        super().__init__()
+        config = MoEConfig(dim=DIM, hidden=HIDDEN, num_experts=experts, top_k=2, activation=ReLU2(), compute=Loop())
+        torch.manual_seed(seed)
+        self.layers = nn.ModuleList(
+            MoE(config, group, None if placements is None else placements[layer]) for layer in range(LAYERS)
+        )
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, MoE)
+            for slot, expert in enumerate(layer.experts.expert_ids):
+                for name, weight in layer.experts.named_parameters():
+                    weight.data[slot] = whole_numbers(number, expert, name, weight.shape[1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:  # halves of halves: what the first layer says stays exact in the second
+            x = (layer(x) * 2**-6).round() * 2**-2
+        return x
+
+
+def whole_numbers(layer: int, expert: int, name: str, shape: torch.Size) -> Tensor:
+    seed = 1000 * layer + 10 * expert + (name == "up")
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def even(experts: int, ranks: int) -> Plan:
+    rows = [[e for e in range(experts) if e * ranks // experts == rank] for rank in range(ranks)]
+    width = max(map(len, rows))
+    table = np.array([row + [-1] * (width - len(row)) for row in rows])
+    return Plan(placement_L=(Placement(expert_RS=table),) * LAYERS)
+
+
+def request(member: int, number: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100_000 * member + number)
+    return torch.randint(-3, 4, (TOKENS, DIM), generator=generator).float()
+
+
+def serve(part: Part, pipe: Connection) -> None:
+    """The whole life of a member. Tells its number and pid first, what it saw last."""
+    torch.set_num_threads(1)
+    told, counts = Told(os.getpid(), 0), Counter[Phase]()
+
+    def at(phase: Phase) -> None:
+        counts[phase] += 1
+        fault = part.fault
+        if fault is not None and (fault.member, fault.phase, 1) == (told.member, phase, counts[phase]):
+            os.kill(fault.victim or os.getpid(), fault.signal)
+
+    def build(group: Peers, plan: Plan) -> Net:
+        return Net(part.experts, group, plan.placement_L, seed=0 if part.plan is not None else 99)
+
+    def read(layer: str, expert: int) -> dict[str, Tensor]:
+        number, net = int(layer.rpartition(".")[2]), whole
+        weights = net.layers[number].experts.named_parameters()  # type: ignore[union-attr]
+        return {name: weight.data[expert] for name, weight in weights}
+
+    whole = Net(part.experts, None, None)
+    terms = Terms(
+        timeout=part.timeout, patience=60.0, beat=0.2, slots=part.slots, pace=part.pace, at=at,
+        read=read if part.reads else None,
+    )  # fmt: skip
+    start = (lambda: Live.join(part.address, build, terms)) if part.plan is None else None
+    with torch.inference_mode():
+        try:
+            live = start() if start else Live.found(part.address, part.plan, build, terms)  # type: ignore[arg-type]
+            told.member = live.member
+            pipe.send((told.member, told.pid))
+            while (not part.limit or live.steps < part.limit) and live.serves():
+                _step(live, whole, told, part)
+            told.retries, told.held = live.retries, live.stock.held_L
+            live.close()
+        except Exception as error:
+            told.error = f"{type(error).__name__}: {error}"
+    pipe.send(told)
+    pipe.close()
+
+
+def _step(live: Live, whole: Net, told: Told, part: Part) -> None:
+    number = len(told.served)
+    x = request(live.member, number)
+    y = live.run(lambda: live.model(x))
+    told.wrong += not torch.equal(y, whole(x))
+    told.served.append(number)
+    if live.epoch is not None and live.epoch.number not in told.epochs[-1:]:
+        told.epochs.append(live.epoch.number)
+    told.most.append(max(len(held) for held in live.stock.held_L))
+    if part.log:
+        with Path(part.log).open("a") as file:
+            file.write(f"{live.member} {number}\n")
+    if part.pause:
+        time.sleep(part.pause)
