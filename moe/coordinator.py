@@ -57,8 +57,6 @@ class Coordinator:
         self._numbers = self._portion = 0
         self.lost: dict[int, tuple[int, ...]] = {}
 
-    # what members say
-
     def hello(
         self, now: float, *, plan: Plan | None, slots: int = 0, portion: int = 0, process: Process = NOWHERE
     ) -> int:
@@ -143,8 +141,6 @@ class Coordinator:
         if lost:
             self._moved()
 
-    # what operators ask
-
     def scale(self, now: float, op: str, count: int) -> dict[str, Any]:
         if count < 0:
             raise RefusedError(f"cannot scale to {count} members; use a number >= 0")
@@ -189,8 +185,6 @@ class Coordinator:
             return list(changes(self.epoch, members, slots_of, portion=self._portion))
         except ValueError as error:
             raise RefusedError(str(error)) from None
-
-    # what follows
 
     def _moved(self) -> None:
         """Whatever can happen now happens, and everybody may see it."""

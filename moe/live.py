@@ -121,8 +121,6 @@ class Live:
             layer.peers = OUTSIDE
         self.membership.close()
 
-    # between two steps
-
     def _view(self) -> View:
         self.membership.check()
         assert self.membership.view is not None
@@ -228,8 +226,6 @@ class Live:
             self._staging.abandon()
             self._salvage.rows |= self._staging.arrived
             self._staging = None
-
-    # after a death
 
     @torch.inference_mode(False)
     def _recover(self, number: int) -> None:

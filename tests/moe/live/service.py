@@ -107,6 +107,19 @@ class Service:
         self.until(lambda: self._collect() or not self.pipes)
         return self.told
 
+    def heard(self, member: int) -> bool:
+        """It ended, and told what it saw."""
+        self._collect()
+        return member in self.told
+
+    def gather_errors(self, count: int) -> dict[int, Told]:
+        """Until so many ended."""
+        self.until(lambda: self._collect() or len(self.told) >= count)
+        return self.told
+
+    def wake(self, member: int) -> None:
+        os.kill(self.pid_of[member], signal.SIGCONT)
+
     def until(self, done: Callable[[], Any]) -> None:
         deadline = time.monotonic() + LIMIT
         while not done():
