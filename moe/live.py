@@ -15,24 +15,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Self, TypeVar
 
-import numpy as np
 import torch
-from torch import nn
 
 from moe.comm import Ballot, CoordinatorLostError, Meeting, Membership, Peers, PeersLostError, View
 from moe.course import Phase
-from moe.epoch import EMPTY, Change, Epoch
+from moe.epoch import Change, Epoch
+from moe.outside import OUTSIDE, Build, built, elsewhere
 from moe.recovery import ExpertsLostError, Restore
 from moe.salvage import Salvage
 from moe.staging import Staging, Trimming
 from moe.stock import Stock
 from moe.terms import Terms
-from placement import Placement, Plan
+from placement import Plan
 
 T = TypeVar("T")
-Build = Callable[[Peers, Plan], nn.Module]
 
 
 class ReleasedError(RuntimeError):
@@ -61,11 +60,11 @@ class Live:
         if self.member in epoch.members and plan is not None:
             self._number = self._handled = epoch.number
             peers = self._meeting().meet(f"epoch-{epoch.number}", *self._place(epoch), Ballot(epoch.number))
-            self.model = _built(build, peers, epoch.plan)
+            self.model = built(build, peers, epoch.plan)
             self.stock, self.epoch, self.peers = Stock(self.model), epoch, peers
         else:
             self.peers = OUTSIDE
-            self.model = _built(build, OUTSIDE, _elsewhere(epoch.plan))
+            self.model = built(build, OUTSIDE, elsewhere(epoch.plan))
             self.stock = Stock(self.model)
 
     @classmethod
@@ -263,17 +262,19 @@ class Live:
             layer.peers = OUTSIDE
 
     def _resolved(self, number: int, deadline: float) -> View:
-        """Tells again now and then: the line may have been cut."""
+        """A view with a later epoch. Tells again now and then: the line may have been cut."""
         while True:
             self.membership.tell("broken", epoch=number, inventory=self._salvage.inventory(self.stock).fields())
+            left = min(4 * self.terms.beat, max(deadline - time.monotonic(), 0.0))
             try:
-                return self.membership.wait(
-                    lambda view: bool(view["lost"]) or (not view["report"] and view["epoch"]["number"] > number),
-                    min(4 * self.terms.beat, max(deadline - time.monotonic(), 0.0)),
-                )
+                view = self.membership.wait(partial(_later, number), left)
             except CoordinatorLostError:
                 if time.monotonic() > deadline:
                     raise
+                continue
+            if view["lost"] or self.member not in view["report"]:
+                return view
+            number = view["epoch"]["number"]  # that one broke too, before this member was in it
 
     def _meeting(self) -> Meeting:
         line, terms = self.membership, self.terms
@@ -285,16 +286,5 @@ class Live:
         return epoch.rank_of(self.member), len(epoch.members)
 
 
-OUTSIDE = Peers(group=None, rank=1, size=2)
-
-
-@torch.inference_mode(False)
-def _built(build: Build, group: Peers, plan: Plan) -> nn.Module:
-    """Its weights will change, which those made for inference alone do not like."""
-    return build(group, plan)
-
-
-def _elsewhere(plan: Plan) -> Plan:
-    """All experts on another rank."""
-    tables = [np.stack([np.arange(p.num_experts), np.full(p.num_experts, EMPTY)]) for p in plan.placement_L]
-    return Plan(placement_L=tuple(Placement(expert_RS=table) for table in tables), layer_L=plan.layer_L)
+def _later(number: int, view: View) -> bool:
+    return bool(view["lost"]) or view["epoch"]["number"] > number
