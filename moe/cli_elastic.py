@@ -28,9 +28,7 @@ Json = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
 @app.command()
 def serve(
     *,
-    bind: Annotated[
-        str, typer.Option(help="Address to listen on; of a trusted network, for all may ask.")
-    ] = "127.0.0.1",
+    bind: Annotated[str, typer.Option(help="Where to listen; of a trusted network, as all may ask.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for any free one.")] = 0,
     file: Annotated[Path | None, typer.Option(help="Where to write the address, for members to find.")] = None,
     lease: Annotated[float, typer.Option(help="Seconds of silence after which a member is dead.")] = 5.0,

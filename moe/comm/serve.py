@@ -92,15 +92,16 @@ class Server:
         """Until stop()."""
         last = time.monotonic()
         while not self._ended.is_set():
-            if (gap := time.monotonic() - last) > self.coordinator.roster.lease / 2:
-                self.coordinator.roster.excuse(gap)  # it was this process that did not listen
-            last = time.monotonic()
             for key, _ in self._selector.select(TICK):
                 if key.fileobj is self._listener:
                     self._accept()
                 else:
                     self._read(self._lines[key.fileobj])  # type: ignore[index]
-            self.coordinator.tick(time.monotonic())
+            now = time.monotonic()
+            if now - last > self.coordinator.roster.lease / 2:
+                self.coordinator.roster.excuse(now - last)  # it was this process that did not listen
+            last = now
+            self.coordinator.tick(now)
             self._see_to_the_dead()
             for line in list(self._lines.values()):
                 if line.member and line.seen != self.coordinator.version:

@@ -19,6 +19,7 @@ from moe import Loop, MoE, MoEConfig, ReLU2
 from moe.comm import Pace, Peers
 from moe.course import Phase
 from moe.live import Live
+from moe.outside import Build
 from moe.terms import Terms
 from placement import Placement, Plan
 
@@ -37,7 +38,8 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """How a member takes part. plan: of a founder. limit: steps after which it ends, 0 for when it is released."""
+    """How a member takes part. plan: of a founder. limit: steps after which it ends, 0 for when it is released. lives:
+    how often it joins, each time as somebody new."""
 
     address: str
     experts: int
@@ -46,6 +48,7 @@ class Part:
     timeout: float = 6.0
     reads: bool = False
     limit: int = 0
+    lives: int = 1
     pause: float = 0.0
     slots: int = 0
     pace: Pace = Pace()
@@ -64,6 +67,7 @@ class Told:
     error: str = ""
     held: Any = None
     epochs: list[int] = field(default_factory=list)
+    resources: list[tuple[int, int, int]] = field(default_factory=list)
     most: list[int] = field(default_factory=list)
 
 
@@ -106,6 +110,14 @@ def request(member: int, number: int) -> Tensor:
     return torch.randint(-3, 4, (TOKENS, DIM), generator=generator).float()
 
 
+def resources() -> tuple[int, int, int]:
+    """File descriptors, threads and resident kilobytes of this process."""
+    status = Path("/proc/self/status").read_text()
+    resident = int(status.partition("VmRSS:")[2].split()[0])
+    descriptors, threads = (len(list(Path(f"/proc/self/{kind}").iterdir())) for kind in ("fd", "task"))
+    return descriptors, threads, resident
+
+
 def serve(part: Part, pipe: Connection) -> None:
     """The whole life of a member. Tells its number and pid first, what it saw last."""
     torch.set_num_threads(1)
@@ -130,20 +142,31 @@ def serve(part: Part, pipe: Connection) -> None:
         timeout=part.timeout, patience=60.0, beat=0.2, slots=part.slots, pace=part.pace, at=at,
         read=read if part.reads else None,
     )  # fmt: skip
-    start = (lambda: Live.join(part.address, build, terms)) if part.plan is None else None
     with torch.inference_mode():
         try:
-            live = start() if start else Live.found(part.address, part.plan, build, terms)  # type: ignore[arg-type]
-            told.member = live.member
-            pipe.send((told.member, told.pid))
-            while (not part.limit or live.steps < part.limit) and live.serves():
-                _step(live, whole, told, part)
-            told.retries, told.held = live.retries, live.stock.held_L
-            live.close()
+            for _ in range(part.lives):
+                plan = part.plan
+                live = (
+                    Live.join(part.address, build, terms)
+                    if plan is None
+                    else Live.found(part.address, plan, build, terms)
+                )
+                told.member = live.member
+                pipe.send((told.member, told.pid))
+                while (not part.limit or live.steps < part.limit) and live.serves():
+                    _step(live, whole, told, part)
+                told.retries, told.held = live.retries, live.stock.held_L
+                live.close()
         except Exception as error:
             told.error = f"{type(error).__name__}: {error}"
     pipe.send(told)
     pipe.close()
+
+
+def _live(part: Part, build: Build, terms: Terms) -> Live:
+    if part.plan is None:
+        return Live.join(part.address, build, terms)
+    return Live.found(part.address, part.plan, build, terms)
 
 
 def _step(live: Live, whole: Net, told: Told, part: Part) -> None:
@@ -154,6 +177,7 @@ def _step(live: Live, whole: Net, told: Told, part: Part) -> None:
     told.served.append(number)
     if live.epoch is not None and live.epoch.number not in told.epochs[-1:]:
         told.epochs.append(live.epoch.number)
+        told.resources.append(resources())
     told.most.append(max(len(held) for held in live.stock.held_L))
     if part.log:
         with Path(part.log).open("a") as file:

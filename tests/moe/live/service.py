@@ -33,7 +33,14 @@ class Service:
     """founders: members of the first epoch. The answers of those that ended are in `told`, by member."""
 
     def __init__(
-        self, founders: int, *, experts: int = 8, lease: float = 3.0, fences: bool = True, **part: Any
+        self,
+        founders: int,
+        *,
+        experts: int = 8,
+        lease: float = 3.0,
+        fences: bool = True,
+        start: bool = True,
+        **part: Any,
     ) -> None:
         ours, theirs = CONTEXT.Pipe()
         self.coordinator = CONTEXT.Process(target=coordinate, args=(theirs, lease, 10.0, fences), daemon=True)
@@ -46,8 +53,12 @@ class Service:
         self.pid_of: dict[int, int] = {}
         self.told: dict[int, Told] = {}
         self._ops = 0
+        if start:
+            self.found(founders)
+
+    def found(self, founders: int, **changes: Any) -> None:
         for _ in range(founders):
-            self.start(replace(self.part, plan=even(experts, founders)))
+            self.start(replace(self.part, plan=even(self.part.experts, founders), **changes))
         self.hear(founders)
 
     def start(self, part: Part | None = None) -> None:
@@ -116,6 +127,11 @@ class Service:
         """Until so many ended."""
         self.until(lambda: self._collect() or len(self.told) >= count)
         return self.told
+
+    def kill(self, member: int) -> None:
+        """If it lives, and however stopped it is."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid_of[member], signal.SIGKILL)
 
     def wake(self, member: int) -> None:
         os.kill(self.pid_of[member], signal.SIGCONT)

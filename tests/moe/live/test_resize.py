@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.moe.live.service import Service
 
 
@@ -28,3 +30,27 @@ def test_a_service_grows_and_shrinks_and_every_answer_is_that_of_the_static_mode
         assert member.served == list(range(len(member.served)))
         assert member.epochs == sorted(set(member.epochs))
     assert len(told) == 6
+
+
+@pytest.mark.parametrize("cycles", [8, pytest.param(100, marks=pytest.mark.chaos)])
+def test_resizing_over_and_over_leaves_nothing_behind(cycles: int) -> None:
+    """File descriptors, threads and memory of who stays are what they were."""
+    with Service(2, experts=6) as service:
+        service.join(lives=cycles)
+        for cycle in range(cycles):
+            service.hear(3 + cycle)
+            service.scale(3)
+            service.settle()
+            service.steps(2)
+            service.scale(2)
+            service.settle()
+        told = service.end()
+    for member in (1, 2):
+        assert (told[member].wrong, told[member].retries, told[member].error) == (0, 0, "")
+        epochs = told[member].epochs
+        assert len(epochs) == 2 * cycles + 1
+        assert epochs == sorted(set(epochs))
+        descriptors, threads, resident = zip(*told[member].resources[4::2])
+        assert max(descriptors) <= descriptors[0] + 4, descriptors
+        assert max(threads) <= threads[0] + 3, threads
+        assert resident[-1] <= resident[0] * 1.05 + 2000, resident
