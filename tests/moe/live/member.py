@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe import Loop, MoE, MoEConfig, ReLU2
-from moe.comm import Pace, Peers
+from moe.comm import Pace, Peers, sum_over
 from moe.course import Phase
 from moe.live import Live
 from moe.outside import Build
@@ -38,7 +38,8 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """How a member takes part. plan: of a founder. limit: steps after which it ends, 0 for when it is released. lives:
+    """How a member takes part. plan: of a founder. watch: a process a few steps after whose
+    end all members end; 0 for none. lives:
     how often it joins, each time as somebody new."""
 
     address: str
@@ -47,7 +48,7 @@ class Part:
     fault: Fault | None = None
     timeout: float = 6.0
     reads: bool = False
-    limit: int = 0
+    watch: int = 0
     lives: int = 1
     pause: float = 0.0
     slots: int = 0
@@ -63,6 +64,7 @@ class Told:
     member: int
     served: list[int] = field(default_factory=list)
     wrong: int = 0
+    left: int = 10
     retries: int = 0
     error: str = ""
     held: Any = None
@@ -153,7 +155,7 @@ def serve(part: Part, pipe: Connection) -> None:
                 )
                 told.member = live.member
                 pipe.send((told.member, told.pid))
-                while (not part.limit or live.steps < part.limit) and live.serves():
+                while told.left and live.serves():
                     _step(live, whole, told, part)
                 told.retries, told.held = live.retries, live.stock.held_L
                 live.close()
@@ -172,9 +174,20 @@ def _live(part: Part, build: Build, terms: Terms) -> Live:
 def _step(live: Live, whole: Net, told: Told, part: Part) -> None:
     number = len(told.served)
     x = request(live.member, number)
-    y = live.run(lambda: live.model(x))
+    gone = torch.zeros(1)
+
+    def step() -> Tensor:
+        y: Tensor = live.model(x)
+        if part.watch:  # all who serve end after the same step
+            gone.fill_(not is_alive(part.watch))
+            sum_over([gone], live.peers)
+        return y
+
+    y = live.run(step)
     told.wrong += not torch.equal(y, whole(x))
     told.served.append(number)
+    if part.watch and gone == live.peers.size:
+        told.left -= 1
     if live.epoch is not None and live.epoch.number not in told.epochs[-1:]:
         told.epochs.append(live.epoch.number)
         told.resources.append(resources())
@@ -184,3 +197,10 @@ def _step(live: Live, whole: Net, told: Told, part: Part) -> None:
             file.write(f"{live.member} {number}\n")
     if part.pause:
         time.sleep(part.pause)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
