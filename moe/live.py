@@ -20,13 +20,14 @@ from typing import Self, TypeVar
 
 import torch
 
+from moe.boundary import cross
 from moe.comm import Ballot, CoordinatorLostError, Meeting, Membership, Peers, PeersLostError, View
 from moe.course import Phase
 from moe.epoch import Change, Epoch
 from moe.outside import OUTSIDE, Build, built, elsewhere
 from moe.recovery import ExpertsLostError, Restore
-from moe.salvage import Salvage
-from moe.staging import Staging, Trimming
+from moe.salvage import Recovery, Salvage
+from moe.staging import Staging, Trimming, in_background, later
 from moe.stock import Stock
 from moe.terms import Terms
 from placement import Plan
@@ -43,29 +44,30 @@ class Live:
 
     def __init__(self, address: str | os.PathLike[str], build: Build, terms: Terms, plan: Plan | None) -> None:
         self.terms = terms
-        founding = None if plan is None else plan.to_json()
-        self.membership = Membership(address, plan=founding, slots=terms.slots, beat=terms.beat, timeout=terms.patience)
+        self.membership = Membership(
+            address,
+            plan=None if plan is None else plan.to_json(),
+            slots=terms.slots,
+            portion=terms.portion,
+            beat=terms.beat,
+            timeout=terms.patience,
+        )
         self.member = self.membership.number
-        view = self.membership.wait(lambda view: view["epoch"] is not None, terms.patience)
-        epoch = Epoch.read(view["epoch"])
+        epoch = Epoch.read(self.membership.wait(lambda view: view["epoch"] is not None, terms.patience)["epoch"])
         assert epoch.plan is not None
-        self.epoch: Epoch | None = None
+        self.epoch = epoch if plan is not None and self.member in epoch.members else None
         self.steps = self.retries = self.bytes = 0
-        self._number = self._handled = 0
+        self.recoveries: list[Recovery] = []
+        self._number = self._handled = 0 if self.epoch is None else epoch.number
         self._staging: Staging | None = None
         self._trimming: Trimming | None = None
         self._old: object = None
         self._fresh = False
         self._salvage = Salvage(terms.read)
-        if self.member in epoch.members and plan is not None:
-            self._number = self._handled = epoch.number
-            peers = self._meeting().meet(f"epoch-{epoch.number}", *self._place(epoch), Ballot(epoch.number))
-            self.model = built(build, peers, epoch.plan)
-            self.stock, self.epoch, self.peers = Stock(self.model), epoch, peers
-        else:
-            self.peers = OUTSIDE
-            self.model = built(build, OUTSIDE, elsewhere(epoch.plan))
-            self.stock = Stock(self.model)
+        self.peers = OUTSIDE if self.epoch is None else self._met(epoch)
+        self.model = built(build, self.peers, elsewhere(epoch.plan) if self.epoch is None else epoch.plan)
+        self.stock = Stock(self.model)
+        self.optimizer = None if terms.optimizer is None else terms.optimizer(self.model)
 
     @classmethod
     def found(cls, address: str | os.PathLike[str], plan: Plan, build: Build, terms: Terms = Terms()) -> Self:
@@ -100,7 +102,7 @@ class Live:
                     raise ReleasedError(f"member {self.member} was released before its step was done")
                 result = step()
             except PeersLostError:
-                if tries >= self.terms.tries:
+                if tries >= self.terms.tries or self.optimizer is not None:
                     raise
                 self.retries += 1
                 self._recover(self._number)
@@ -179,10 +181,14 @@ class Live:
         if ballot is not None and staging is not None and ballot.agreed == staging.number:
             self._flip(staging)
 
+    @torch.inference_mode(False)
     def _flip(self, staging: Staging) -> None:
         """All members do this after the same step. The old group is kept for a step: others may still be reading."""
         self.terms.at(Phase.FLIP)
         new = staging.change.new
+        if self.optimizer is not None and staging.crossing is not None:
+            pace = self.terms.pace
+            self.bytes += cross(staging.change, self.member, self.model, self.optimizer, staging.crossing, pace)
         if self.epoch is not None:  # of who comes it proves nothing
             self.membership.tell("reached", epoch=new.number, phase=int(Phase.FLIP))
         self._old, self._staging = (self.peers, staging.crossing), None
@@ -218,6 +224,7 @@ class Live:
             failed=lambda reason: self.membership.tell("failed", epoch=number, reason=reason),
             notify=self.membership.wake,
             at=self.terms.at,
+            carry=in_background if self.optimizer is None else later,
         )
 
     def _abandon(self) -> None:
@@ -229,11 +236,13 @@ class Live:
     @torch.inference_mode(False)
     def _recover(self, number: int) -> None:
         """The epoch of that number broke: report what is here, and go on in a later one as the coordinator says."""
-        deadline = time.monotonic() + self.terms.patience
+        noticed = time.monotonic()
+        deadline = noticed + self.terms.patience
         while True:
             self._let_go()
             self.epoch = None
             view = self._resolved(number, deadline)
+            resolved = time.monotonic()
             if view["lost"]:
                 raise ExpertsLostError({int(layer): experts for layer, experts in view["lost"].items()})
             epoch = Epoch.read(view["epoch"])
@@ -242,13 +251,14 @@ class Live:
                 self._salvage.rows = {}
                 return
             try:
-                peers = self._meeting().meet(f"epoch-{number}", *self._place(epoch), Ballot(number))
+                peers = self._met(epoch)
                 self._salvage.restore(
                     self.stock, epoch, self.member, [Restore(**fields) for fields in view["restores"]]
                 )
             except PeersLostError:
                 continue
             self._enter(epoch, peers)
+            self.recoveries.append(Recovery(noticed, resolved, time.monotonic()))
             return
 
     def _let_go(self) -> None:
@@ -278,12 +288,12 @@ class Live:
 
     def _meeting(self) -> Meeting:
         line, terms = self.membership, self.terms
-        return Meeting(
-            store=(line.there, int(self._view()["store"])), here=line.here, device=terms.device, timeout=terms.timeout
-        )
+        store = (line.there, int(self._view()["store"]))
+        return Meeting(store=store, here=line.here, device=terms.device, timeout=terms.timeout)
 
-    def _place(self, epoch: Epoch) -> tuple[int, int]:
-        return epoch.rank_of(self.member), len(epoch.members)
+    def _met(self, epoch: Epoch) -> Peers:
+        rank, number = epoch.rank_of(self.member), epoch.number
+        return self._meeting().meet(f"epoch-{number}", rank, len(epoch.members), Ballot(number))
 
 
 def _later(number: int, view: View) -> bool:

@@ -4,6 +4,7 @@ for a change that was called off, and a checkpoint to read from."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +14,15 @@ from moe.stock import Stock
 
 Reader = Callable[[str, int], Mapping[str, Tensor]]
 Rows = dict[tuple[int, int], Tensor]
+
+
+class Recovery(NamedTuple):
+    """When a member noticed that others were gone, heard how to go on, and was in the new epoch; of a clock that only
+    runs forward."""
+
+    noticed: float
+    resolved: float
+    ready: float
 
 
 class Salvage:

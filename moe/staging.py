@@ -42,9 +42,11 @@ class Staging:
         failed: Callable[[str], None],
         notify: Callable[[], None],
         at: Hook,
+        carry: Callable[[Staging], None],
     ) -> None:
         self.change, self.member, self.stock, self.model = change, member, stock, model
-        self.meeting, self.pace, self.tell, self.failed, self.at = meeting, pace, tell, failed, at
+        self.meeting, self.pace, self.tell, self.failed = meeting, pace, tell, failed
+        self.at, self.carry = at, carry
         self.handover = Handover(notify)
         self.peers: Peers | None = None
         self.crossing: Peers | None = None
@@ -70,7 +72,7 @@ class Staging:
         try:
             self._prepare()
             self.tell(Phase.PREPARE)
-            self._copy()
+            self.carry(self)
             self.ready = True
             self.tell(Phase.READY)
             self.at(Phase.READY)
@@ -88,35 +90,7 @@ class Staging:
             union = change.union
             self.crossing = self.meeting.meet(f"crossing-{new.number}", union.index(self.member), len(union))
 
-    @torch.no_grad()
-    def _copy(self) -> None:
-        crossing, union = self.crossing, self.change.union
-        if crossing is None:
-            self.at(Phase.COPY)
-            return
-        for source, joiner in self.change.welcomes:
-            if self.member == source:
-                self.bytes += send_replicated(self.model, union.index(joiner), crossing, self.pace)
-            elif self.member == joiner:
-                receive_replicated(self.model, union.index(source), crossing, self.pace)
-        halfway = [t for t in self.change.transfer_N if self.member in (t.source, t.destination)][:1]
-        for layer in range(len(self.stock.layers)):
-            for transfer in (t for t in self.change.transfer_N if t.layer == layer):
-                if self.member == transfer.source:
-                    row_B = self.stock.pack(layer, transfer.expert)
-                    send_parcel(row_B, union.index(transfer.destination), crossing, self.pace)
-                    self.bytes += len(row_B)
-                elif self.member == transfer.destination:
-                    size, device = self.stock.parcel_bytes(layer), self.stock.device
-                    row_B = receive_parcel(size, union.index(transfer.source), crossing, self.pace, device)
-                    self.arrived[layer, transfer.expert] = row_B
-                if transfer in halfway:
-                    self.at(Phase.COPY)
-            self._hand_over(layer)
-        if not halfway:
-            self.at(Phase.COPY)
-
-    def _hand_over(self, layer: int) -> None:
+    def hand_over(self, layer: int) -> None:
         """What came is put behind what is there. Until it is taken it counts among what arrived."""
         arrived = {expert: row_B for (where, expert), row_B in self.arrived.items() if where == layer}
         if arrived:
@@ -124,6 +98,42 @@ class Staging:
             self.handover.offer(layer, ids, self.stock.restack(layer, ids, arrived))
             for expert in arrived:
                 del self.arrived[layer, expert]
+
+
+@torch.no_grad()
+def in_background(staging: Staging) -> None:
+    """COPY, while steps go on. For weights that do not change."""
+    change, member, crossing = staging.change, staging.member, staging.crossing
+    stock, pace, union = staging.stock, staging.pace, staging.change.union
+    if crossing is None:
+        staging.at(Phase.COPY)
+        return
+    for source, joiner in change.welcomes:
+        if member == source:
+            staging.bytes += send_replicated(staging.model, union.index(joiner), crossing, pace)
+        elif member == joiner:
+            receive_replicated(staging.model, union.index(source), crossing, pace)
+    mine = [t for t in change.transfer_N if member in (t.source, t.destination)]
+    for layer in range(len(stock.layers)):
+        for t in (t for t in mine if t.layer == layer):
+            if member == t.source:
+                row_B = stock.pack(layer, t.expert)
+                send_parcel(row_B, union.index(t.destination), crossing, pace)
+                staging.bytes += len(row_B)
+            else:
+                size = stock.parcel_bytes(layer)
+                row_B = receive_parcel(size, union.index(t.source), crossing, pace, stock.device)
+                staging.arrived[layer, t.expert] = row_B
+            if t is mine[0]:
+                staging.at(Phase.COPY)
+        staging.hand_over(layer)
+    if not mine:
+        staging.at(Phase.COPY)
+
+
+def later(staging: Staging) -> None:
+    """Nothing yet: experts travel at the boundary, where everybody changes over."""
+    staging.at(Phase.COPY)
 
 
 class Trimming:

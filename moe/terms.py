@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from moe.comm import Pace
 from moe.salvage import Reader
@@ -17,8 +20,12 @@ class Terms:
     coordinator's `report` must not be shorter. patience: seconds to wait for the coordinator where nothing goes on
     without it. beat: seconds between signs of life; a few must fit a lease. slots: experts of a layer this member can
     hold, 0 for any number. read: (layer's name, expert) -> its tensors, from a checkpoint, for experts of which no
-    member has a copy. tries: of a step that fails though nobody died. at: called when a phase begins, for tests that
-    let a member fail there.
+    member has a copy. tries: of a step that fails though nobody died.
+
+    optimizer: makes the optimiser of a model that is trained. Then experts travel between two steps, at most `portion`
+    of them to or from a rank, 0 for any number; all members need the same.
+
+    at: called when a phase begins, for tests that let a member fail there.
     """
 
     device: torch.device = torch.device("cpu")
@@ -28,5 +35,7 @@ class Terms:
     slots: int = 0
     pace: Pace = Pace()
     read: Reader | None = None
+    optimizer: Callable[[nn.Module], Optimizer] | None = None
+    portion: int = 0
     tries: int = 5
     at: Hook = unhindered
