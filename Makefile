@@ -4,7 +4,7 @@ PIP_FLAGS ?= --disable-pip-version-check --quiet
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test chaos check format bench clean
 .DEFAULT_GOAL := check
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -23,6 +23,9 @@ test: $(VENV)/ready
 	@$(RUN)/ruff check .
 	@$(RUN)/mypy
 	@$(RUN)/python -m pytest
+
+chaos: $(VENV)/ready
+	@$(RUN)/python -m pytest tests/moe/live -m "chaos or not chaos"
 
 check: $(VENV)/ready
 	@$(RUN)/ruff format --check .

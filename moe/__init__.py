@@ -3,25 +3,29 @@
 from moe import checkpoint
 from moe.census import census
 from moe.clip import clip_grad_norm, grad_norm
-from moe.comm import EVERYONE, World, WorldError, nodes_of
+from moe.comm import EVERYONE, Server, World, WorldError, nodes_of
 from moe.config import MoEConfig
+from moe.coordinator import Coordinator
 from moe.data_parallel import average_expert_grads, expert_parameters, leave_experts_alone
 from moe.elastic import Elastic, Pulse
 from moe.experts import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
 from moe.layer import MoE
 from moe.levy import charge
+from moe.live import Live
 from moe.meters import Meters
 from moe.moving import Moved, move_experts, plan_of
 from moe.parity import assert_ep_parity
 from moe.prices import settle_after, settle_prices
 from moe.record import Recorder
+from moe.recovery import ExpertsLostError
 from moe.reference import reference
 from moe.shards import export_safetensors, import_safetensors
+from moe.terms import Terms
 
 __all__ = [
-    "EVERYONE", "GELU", "Elastic", "Experts", "Fastest", "Grouped", "Loop", "Meters", "MoE", "MoEConfig", "Moved",
-    "Pulse", "ReLU2", "Recorder", "SwiGLU", "World", "WorldError", "assert_ep_parity", "average_expert_grads",
-    "census", "charge", "checkpoint", "clip_grad_norm", "expert_parameters", "export_safetensors", "grad_norm",
-    "import_safetensors", "leave_experts_alone", "move_experts", "nodes_of", "plan_of", "reference", "settle_after",
-    "settle_prices",
+    "EVERYONE", "GELU", "Coordinator", "Elastic", "Experts", "ExpertsLostError", "Fastest", "Grouped", "Live", "Loop",
+    "Meters", "MoE", "MoEConfig", "Moved", "Pulse", "ReLU2", "Recorder", "Server", "SwiGLU", "Terms", "World",
+    "WorldError", "assert_ep_parity", "average_expert_grads", "census", "charge", "checkpoint", "clip_grad_norm",
+    "expert_parameters", "export_safetensors", "grad_norm", "import_safetensors", "leave_experts_alone",
+    "move_experts", "nodes_of", "plan_of", "reference", "settle_after", "settle_prices",
 ]  # fmt: skip
