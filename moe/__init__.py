@@ -1,14 +1,18 @@
 """Make it so: the layer, the collectives under it, and the proofs that it is exact."""
 
 from moe import checkpoint
+from moe.activation import GELU, ReLU2, SwiGLU
 from moe.census import census
 from moe.clip import clip_grad_norm, grad_norm
 from moe.comm import EVERYONE, Server, World, WorldError, nodes_of
+from moe.compute import Fastest, Grouped, Loop, Native
 from moe.config import MoEConfig
 from moe.coordinator import Coordinator
 from moe.data_parallel import average_expert_grads, expert_parameters, leave_experts_alone
 from moe.elastic import Elastic, Pulse
-from moe.experts import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
+from moe.experts import Experts
+from moe.guestbook import lasting_visits
+from moe.guests import KeepGuests, RefetchGuests
 from moe.layer import MoE
 from moe.levy import charge
 from moe.live import Live
@@ -23,9 +27,47 @@ from moe.shards import export_safetensors, import_safetensors
 from moe.terms import Terms
 
 __all__ = [
-    "EVERYONE", "GELU", "Coordinator", "Elastic", "Experts", "ExpertsLostError", "Fastest", "Grouped", "Live", "Loop",
-    "Meters", "MoE", "MoEConfig", "Moved", "Pulse", "ReLU2", "Recorder", "Server", "SwiGLU", "Terms", "World",
-    "WorldError", "assert_ep_parity", "average_expert_grads", "census", "charge", "checkpoint", "clip_grad_norm",
-    "expert_parameters", "export_safetensors", "grad_norm", "import_safetensors", "leave_experts_alone",
-    "move_experts", "nodes_of", "plan_of", "reference", "settle_after", "settle_prices",
+    "EVERYONE",
+    "GELU",
+    "Coordinator",
+    "Elastic",
+    "Experts",
+    "ExpertsLostError",
+    "Fastest",
+    "Grouped",
+    "KeepGuests",
+    "Live",
+    "Loop",
+    "Meters",
+    "MoE",
+    "MoEConfig",
+    "Moved",
+    "Native",
+    "Pulse",
+    "ReLU2",
+    "Recorder",
+    "RefetchGuests",
+    "Server",
+    "SwiGLU",
+    "Terms",
+    "World",
+    "WorldError",
+    "assert_ep_parity",
+    "average_expert_grads",
+    "census",
+    "charge",
+    "checkpoint",
+    "clip_grad_norm",
+    "expert_parameters",
+    "export_safetensors",
+    "grad_norm",
+    "import_safetensors",
+    "lasting_visits",
+    "leave_experts_alone",
+    "move_experts",
+    "nodes_of",
+    "plan_of",
+    "reference",
+    "settle_after",
+    "settle_prices",
 ]  # fmt: skip

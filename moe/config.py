@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.experts import Activation, Compute, Fastest, SwiGLU
+from moe.activation import Activation, SwiGLU
+from moe.compute import Compute, Fastest
+from moe.guests import Invite, KeepGuests
 from routing import (
     Assigner,
     AtHome,
@@ -48,6 +50,7 @@ class MoEConfig:
     bias: bool = False
     shared_hidden: int = 0
     compute: Compute = Fastest()
+    guests: Invite = KeepGuests()
 
     def __post_init__(self) -> None:
         for name in ("dim", "hidden", "num_experts"):

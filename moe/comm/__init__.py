@@ -14,7 +14,7 @@ from moe.comm.group import (
     nodes_of,
     sum_over,
 )
-from moe.comm.lend import lend, tie, visitors
+from moe.comm.lend import Coming, Lending, tie, visitors
 from moe.comm.membership import CoordinatorLostError, Membership, View, ask
 from moe.comm.move import WORD, checksums, ship
 from moe.comm.parcel import Pace, receive_parcel, send_parcel
@@ -25,9 +25,42 @@ from moe.comm.store import Folder, Stored, read_tensors, stored_tensors, write_t
 from moe.comm.world import World, WorldError, world_group
 
 __all__ = [
-    "EVERYONE", "WORD", "Ballot", "CoordinatorLostError", "Everyone", "Folder", "Group", "Meeting", "Membership",
-    "Pace", "Peers", "PeersLostError", "Server", "Stored", "View", "World", "WorldError", "ask", "checksums",
-    "exchange", "gather_counts", "gather_objects", "kill", "lend", "max_over", "nodes_of", "read_tensors",
-    "receive_parcel", "send_parcel", "ship", "spare", "stored_tensors", "sum_over", "tie", "visitors", "world_group",
+    "EVERYONE",
+    "WORD",
+    "Ballot",
+    "Coming",
+    "CoordinatorLostError",
+    "Everyone",
+    "Folder",
+    "Group",
+    "Lending",
+    "Meeting",
+    "Membership",
+    "Pace",
+    "Peers",
+    "PeersLostError",
+    "Server",
+    "Stored",
+    "View",
+    "World",
+    "WorldError",
+    "ask",
+    "checksums",
+    "exchange",
+    "gather_counts",
+    "gather_objects",
+    "kill",
+    "max_over",
+    "nodes_of",
+    "read_tensors",
+    "receive_parcel",
+    "send_parcel",
+    "ship",
+    "spare",
+    "stored_tensors",
+    "sum_over",
+    "tie",
+    "visitors",
+    "world_group",
     "write_tensors",
 ]  # fmt: skip
