@@ -5,7 +5,7 @@ PIP_FLAGS ?= --disable-pip-version-check --quiet
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: demo native test check format bench clean
+.PHONY: demo native test chaos check format bench clean
 .DEFAULT_GOAL := check
 
 # DS_BUILD_OPS=0: DeepSpeed compiles nothing while it is installed.
@@ -29,6 +29,9 @@ test: $(VENV)/ready
 	@$(RUN)/ruff check .
 	@$(RUN)/mypy
 	@$(RUN)/python -m pytest
+
+chaos: $(VENV)/ready
+	@$(RUN)/python -m pytest tests/moe/live -m "chaos or not chaos"
 
 check: $(VENV)/ready
 	@$(RUN)/ruff format --check .

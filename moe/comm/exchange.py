@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.comm.group import Peers
+from moe.comm.group import Peers, reaching_peers
 
 
 def exchange(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: Peers) -> Tensor:
@@ -51,7 +51,8 @@ class Arriving:
 
     def wait(self) -> Tensor:
         if self._work is not None:
-            self._work.wait()
+            with reaching_peers():
+                self._work.wait()
         return self._row_MD
 
 
@@ -60,7 +61,8 @@ def exchange_later(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int],
     if peers.group is None:
         return Arriving(row_ND, row_ND, None)
     row_MD, target, source = _sides(row_ND, recv_R)
-    work = dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group, async_op=True)
+    with reaching_peers():
+        work = dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group, async_op=True)
     return Arriving(row_MD, source, work)
 
 
@@ -68,7 +70,8 @@ def _swap(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: P
     if peers.group is None:
         return row_ND.clone()
     row_MD, target, source = _sides(row_ND, recv_R)
-    dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group)
+    with reaching_peers():
+        dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group)
     return row_MD
 
 
