@@ -31,7 +31,7 @@ from placement import ExpertShape, GemmCurve, Plan, Robust, Topology, advise
 from routing import Assigner, AtHome, LeastLoaded
 from scripts.model import Bytes
 from scripts.serving.batch import Continuous
-from scripts.serving.engine import Answer, Engine, Ordinary, share_of
+from scripts.serving.engine import Answer, Engine, Ordinary, require_room, share_of
 from scripts.serving.loads import Loads
 from scripts.serving.loop import Seconds, Steps, serve
 from scripts.serving.report import line_of, summary
@@ -61,6 +61,8 @@ def generate(source: Path, requests: tuple[Request, ...], served: Served, folder
     peers = Peers.of(group)
     folder.mkdir(parents=True, exist_ok=True)
     model = load_model(source, group, served.plan, assigner=served.assigner, dtype=served.dtype)
+    for request in requests:  # on every rank alike, before any waits for another
+        require_room(request, model.shape.length)
     engine = Engine(Ordinary(model, served.schedule.slots), served.schedule, model.shape.length)
     lines: list[dict[str, Any]] = []
     with (folder / f"rank{peers.rank}.jsonl").open("w") as log:

@@ -1,6 +1,6 @@
 """The only place that talks to torch.distributed. Every rank runs every collective, with rows or without."""
 
-from moe.comm.exchange import exchange
+from moe.comm.exchange import exchange, gather_rows
 from moe.comm.group import EVERYONE, Everyone, Group, Peers, gather_counts, gather_objects, max_over, nodes_of, sum_over
 from moe.comm.lend import lend, tie, visitors
 from moe.comm.move import WORD, checksums, ship
@@ -9,6 +9,6 @@ from moe.comm.world import World, WorldError, world_group
 
 __all__ = [
     "EVERYONE", "WORD", "Everyone", "Folder", "Group", "Peers", "Stored", "World", "WorldError", "checksums",
-    "exchange", "gather_counts", "gather_objects", "lend", "max_over", "nodes_of", "read_tensors", "ship",
-    "stored_tensors", "sum_over", "tie", "visitors", "world_group", "write_tensors",
+    "exchange", "gather_counts", "gather_objects", "gather_rows", "lend", "max_over", "nodes_of", "read_tensors",
+    "ship", "stored_tensors", "sum_over", "tie", "visitors", "world_group", "write_tensors",
 ]  # fmt: skip

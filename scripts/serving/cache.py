@@ -14,6 +14,9 @@ class Spots(NamedTuple):
     slot_T: Tensor
     place_T: Tensor
 
+    def of(self, which: Tensor) -> Spots:
+        return Spots(self.slot_T[which], self.place_T[which])
+
 
 class Past(NamedTuple):
     """One layer's part of a cache. key, value: [slots, places, dim], heads side by side."""

@@ -94,11 +94,7 @@ class Engine:
     def submit(self, requests: Iterable[Request]) -> None:
         """Requests are served in the order in which they come here."""
         for request in requests:
-            if (need := len(request.prompt) + request.new_tokens - 1) > self.places:
-                raise ValueError(
-                    f"request {request.id} needs {need} places; the model has {self.places}: shorten the prompt of "
-                    f"{len(request.prompt)} bytes or ask for fewer than {request.new_tokens}"
-                )
+            require_room(request, self.places)
             self.waiting += (request,)
 
     def propose(self) -> Proposal:
@@ -134,6 +130,15 @@ def reading_of(turn: Turn) -> Reading:
             np.stack([text, np.full(take, each.slot), np.arange(each.done, each.done + take)]).astype(np.int64)
         )
     return Reading(*np.concatenate(parts, axis=1))
+
+
+def require_room(request: Request, places: int) -> None:
+    """places: of a sequence in the cache. The last byte of an answer is never read."""
+    if (need := len(request.prompt) + request.new_tokens - 1) > places:
+        raise ValueError(
+            f"request {request.id} needs {need} places; the model has {places}: shorten the prompt of "
+            f"{len(request.prompt)} bytes or ask for fewer than {request.new_tokens}"
+        )
 
 
 def share_of(requests: Iterable[Request], peers: Peers) -> list[Request]:

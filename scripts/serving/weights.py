@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moe import checkpoint
+from moe import Loop, checkpoint
 from moe.comm import Group
 from placement import Plan
 from routing import Assigner, AtHome, Unpriced
@@ -20,7 +20,7 @@ def shape_of(folder: Path) -> Shape:
     if not (folder / MODEL).exists():
         raise ValueError(f"{folder} holds no model; train one to the end: python -m scripts.train -o {folder}")
     shape: Shape = torch.load(folder / SHAPE, weights_only=False)
-    return replace(shape, moe=replace(shape.moe, balancer=Unpriced(), losses=()))
+    return replace(shape, moe=replace(shape.moe, balancer=Unpriced(), losses=(), compute=Loop()))
 
 
 def load_model(
