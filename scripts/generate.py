@@ -31,6 +31,7 @@ from placement import ExpertShape, GemmCurve, Plan, Robust, Topology, advise
 from routing import Assigner, AtHome, LeastLoaded
 from scripts.model import Bytes
 from scripts.serving.batch import Continuous
+from scripts.serving.coherent import Coherent
 from scripts.serving.engine import Answer, Engine, Ordinary, require_room, share_of
 from scripts.serving.loads import Loads
 from scripts.serving.loop import Seconds, Steps, serve
@@ -45,12 +46,14 @@ CLOCKS: dict[str, Callable[[], Steps | Seconds]] = {"steps": Steps, "seconds": S
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """How a stream is served. plan: None for round robin. replan_every: steps, 0 for never."""
+    """How a stream is served. plan: None for round robin. replan_every: steps, 0 for never. coherent: tokens stay with
+    their experts."""
 
     schedule: Continuous = Continuous()
     clock: str = "seconds"
     plan: Plan | None = None
     replan_every: int = 0
+    coherent: bool = False
     assigner: Assigner = AtHome()
     dtype: torch.dtype = torch.float32
 
@@ -63,7 +66,8 @@ def generate(source: Path, requests: tuple[Request, ...], served: Served, folder
     model = load_model(source, group, served.plan, assigner=served.assigner, dtype=served.dtype)
     for request in requests:  # on every rank alike, before any waits for another
         require_room(request, model.shape.length)
-    engine = Engine(Ordinary(model, served.schedule.slots), served.schedule, model.shape.length)
+    path = Coherent(model, served.schedule, peers) if served.coherent else Ordinary(model, served.schedule)
+    engine = Engine(path, served.schedule, model.shape.length)
     lines: list[dict[str, Any]] = []
     with (folder / f"rank{peers.rank}.jsonl").open("w") as log:
 
@@ -135,9 +139,12 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="of moe-place, for as many ranks")
     parser.add_argument("--replan-every", type=int, default=0, help="steps; experts move where it pays")
     parser.add_argument("--reroute", action="store_true", help="least-loaded rerouting between ranks")
+    parser.add_argument("--coherent", action="store_true", help="tokens stay with their experts (moe.coherent)")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--seed", type=int, default=0, help="of the stream")
     arguments = parser.parse_args()
+    if arguments.coherent and arguments.reroute:
+        parser.error("--coherent takes a token to its experts and --reroute experts to tokens; choose one")
     requests = stream(
         by_package(),
         arguments.requests,
@@ -152,6 +159,7 @@ def main() -> None:
         clock=arguments.clock,
         plan=None if arguments.plan is None else Plan.load(arguments.plan),
         replan_every=arguments.replan_every,
+        coherent=arguments.coherent,
         assigner=LeastLoaded() if arguments.reroute else AtHome(),
         dtype=getattr(torch, arguments.dtype),
     )

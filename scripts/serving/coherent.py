@@ -10,6 +10,7 @@ from torch import Tensor
 from moe.coherent import Traffic, follow, gather_context
 from moe.comm import Peers, gather_counts
 from scripts.model import Bytes
+from scripts.serving.batch import Continuous
 from scripts.serving.cache import Spots
 from scripts.serving.engine import Reading
 
@@ -18,14 +19,15 @@ class Coherent:
     """A path for an Engine. A sequence that reads one byte in a step roams; one that reads more, its prompt, stays
     where its request is. The cache has the slots of all ranks: on each as much memory as otherwise on all together.
 
-    slots, tokens: of a rank, as its schedule has them. traffic: of the tokens; context: of what the caches tell each
+    traffic: of the tokens; context: of what the caches tell each
     other; both over all steps so far.
     """
 
-    def __init__(self, model: Bytes, slots: int, tokens: int, peers: Peers) -> None:
-        self.model, self.slots, self.tokens, self.peers = model.eval(), slots, tokens, peers
-        self.cache = model.cache(slots * peers.size)
-        self.rank_S: NDArray[np.int64] = np.repeat(np.arange(peers.size), slots)  # where each sequence's last token is
+    def __init__(self, model: Bytes, schedule: Continuous, peers: Peers) -> None:
+        self.model, self.slots, self.tokens, self.peers = model.eval(), schedule.slots, schedule.tokens, peers
+        self.cache = model.cache(self.slots * peers.size)
+        # where the last token of each sequence was last
+        self.rank_S: NDArray[np.int64] = np.repeat(np.arange(peers.size), self.slots)
         self.traffic = self.context = Traffic(0, 0, 0)
 
     @torch.no_grad()

@@ -60,8 +60,8 @@ class Path(Protocol):
 class Ordinary:
     """Every token's sequence stays on this rank, and so does its cache; tokens visit experts and come home."""
 
-    def __init__(self, model: Bytes, slots: int) -> None:
-        self.model, self.cache = model.eval(), model.cache(slots)
+    def __init__(self, model: Bytes, schedule: Continuous) -> None:
+        self.model, self.cache = model.eval(), model.cache(schedule.slots)
 
     @torch.no_grad()
     def __call__(self, reading: Reading) -> NDArray[np.int64]:

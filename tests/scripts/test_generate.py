@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from moe.comm import Peers, gather_objects, world_group
 from placement import Placement, Plan
 from scripts.generate import Served, generate
 from scripts.serving.batch import Continuous
+from scripts.serving.coherent import Coherent
 from scripts.serving.engine import Answer, Engine, Ordinary, share_of
 from scripts.serving.loop import Steps, serve
 from scripts.serving.requests import Bursty
@@ -40,12 +42,15 @@ def anywhere(ranks: int, seed: int) -> Plan:
     return Plan(placement_L=tuple(placement_L))
 
 
-def answers_of(only: int | None, move_every: int) -> tuple[dict[int, bytes], int, int]:
+def answers_of(
+    only: int | None, move_every: int, *, coherent: bool = False, top_k: int = 2
+) -> tuple[dict[int, bytes], int, int]:
     """only: the rank that gets all requests, None for all. -> every rank's answers; steps; moves"""
     peers = Peers.of(world_group())
-    model = model_of(world_group())
+    model = model_of(world_group(), top_k=top_k)
     schedule = Continuous(slots=3, tokens=9)
-    engine = Engine(Ordinary(model, schedule.slots), schedule, SHAPE.length)
+    path = Coherent(model, schedule, peers) if coherent else Ordinary(model, schedule)
+    engine = Engine(path, schedule, SHAPE.length)
     answers: list[Answer] = []
     moves = [0]
 
@@ -66,6 +71,13 @@ def test_any_number_of_ranks_answers_what_one_process_answers_while_experts_move
     for answers, _, moves in world(ranks).run(answers_of, None, 6):
         assert answers == book()
         assert moves > 6
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tokens_that_follow_their_experts_give_the_answers_of_one_process(world: Worlds, ranks: int) -> None:
+    for top_k, move_every in ((1, 0), (2, 8)):
+        follow = partial(answers_of, None, move_every, coherent=True, top_k=top_k)
+        assert all(answers == book(top_k) for answers, _, _ in world(ranks).run(follow))
 
 
 def test_ranks_without_a_request_step_along(world: Worlds) -> None:

@@ -25,7 +25,7 @@ TEXTS = {"a": torch.zeros(100, dtype=torch.int64), "b": torch.ones(100, dtype=to
 
 
 def engine_of(schedule: Continuous = Continuous(slots=3, tokens=16)) -> Engine:
-    return Engine(Ordinary(model_of(), schedule.slots), schedule, SHAPE.length)
+    return Engine(Ordinary(model_of(), schedule), schedule, SHAPE.length)
 
 
 def served(engine: Engine, requests: tuple[Request, ...]) -> list[Answer]:
