@@ -33,6 +33,7 @@ from moe.batch import header, raise_alike
 from moe.comm import Peers, exchange, gather_counts, gather_rows
 from moe.dispatch import upload
 from moe.layer import MoE
+from moe.visit import Stay
 from placement import Placement
 from routing import Assignment, Choice
 
@@ -116,7 +117,7 @@ def follow(
     norm_PD = norm(x_PD)
     own, visiting = layer._weights(())
     index_M, place_PK, rows_A = _rows(step, tokens, layer.experts.expert_ids, peers.rank, x_TD.device)
-    out_MD = layer.experts(norm_PD[index_M], rows_A, own, visiting)
+    out_MD = layer.experts(norm_PD[index_M], None, Stay(rows_A=rows_A), own, visiting)
     part_PD = _added(out_MD, place_PK, weight_PK)
     strays_TR = visits_TR & (np.arange(peers.size) != step.next_T[:, None])
     (stay_P,) = upload([np.flatnonzero(step.next_T[tokens] == peers.rank)], x_TD.device)
@@ -208,7 +209,7 @@ def _gone(x_TD: Tensor, choice: Choice, step: Hop, peers: Peers) -> tuple[tuple[
 
 def _rows(
     step: Hop, tokens: IntArray, expert_ids: Sequence[int], rank: int, device: torch.device
-) -> tuple[Tensor, Tensor, list[int]]:
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """What this rank's experts have to do. -> index_M: the present token of each row, sorted by expert; place_PK: the
     row of each token's k-th expert, M where that is not here; rows_A"""
     at, k = np.nonzero(step.rank_TK[tokens] == rank)
@@ -219,7 +220,7 @@ def _rows(
     place_PK[at[order], k[order]] = np.arange(len(at))
     index_M, place_N = upload([at[order], place_PK.ravel()], device)
     rows_A = np.bincount(slot_M, minlength=len(expert_ids)).tolist()
-    return index_M, place_N.view(place_PK.shape), rows_A
+    return index_M, place_N.view(place_PK.shape), tuple(rows_A)
 
 
 def _added(out_MD: Tensor, place_PK: Tensor, weight_PK: Tensor) -> Tensor:
