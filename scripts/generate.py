@@ -83,6 +83,8 @@ def generate(source: Path, requests: tuple[Request, ...], served: Served, folder
     everything = [line for each in gather_objects(lines, peers) for line in each]
     result = summary(everything, expected=len(requests), steps=steps, seconds=seconds)
     result |= {"clock": served.clock, "ranks": peers.size, "peak": between.peak, "moves": between.moves}
+    if isinstance(path, Coherent):
+        result |= {"traffic": path.traffic._asdict(), "context": path.context._asdict()}
     if peers.rank == 0:
         (folder / "result.json").write_text(json.dumps(result, indent=1))
     return result
@@ -118,7 +120,9 @@ class Between:
 def _elastic(model: Bytes, served: Served) -> Elastic:
     config, peers = model.shape.moe, Peers.of(EVERYONE)
     shape = ExpertShape(dim=config.dim, hidden=config.hidden, value_bytes=served.dtype.itemsize)
-    topology = Topology.fitting(num_experts=config.num_experts, ranks=peers.size, ranks_per_node=peers.size)
+    topology = None if served.plan is None else served.plan.topology
+    if topology is None:
+        topology = Topology.fitting(num_experts=config.num_experts, ranks=peers.size, ranks_per_node=peers.size)
     judge = partial(advise, curve=GemmCurve.modelled(shape, flops=5e9), shape=shape, steps=10 * served.replan_every)
     return Elastic(model, None, topology, plan_every=served.replan_every, planner=Robust(), advise=judge, patience=1)
 
