@@ -1,10 +1,11 @@
 # make demo: the main job on four CPU processes. make test: what CI runs. make check: under a minute, before each commit.
+# make native: the optional C++ path, into the user's cache.
 PYTHON ?= python3.11
 PIP_FLAGS ?= --disable-pip-version-check --quiet
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo native test check format bench clean
 .DEFAULT_GOAL := check
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -18,7 +19,11 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	@$(RUN)/torchrun --standalone --nproc-per-node 4 scripts/demo.py
 
+native: $(VENV)/ready
+	@$(RUN)/python -m moe.build
+
 test: $(VENV)/ready
+	@if { command -v c++ || command -v g++ || command -v clang++; } >/dev/null; then $(RUN)/python -m moe.build; else echo "no C++ compiler: the tests of the compiled path are skipped"; fi
 	@$(RUN)/ruff format --check .
 	@$(RUN)/ruff check .
 	@$(RUN)/mypy

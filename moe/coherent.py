@@ -32,8 +32,9 @@ from torch import Tensor
 from moe.batch import header, raise_alike
 from moe.comm import Peers, exchange, gather_counts, gather_rows
 from moe.dispatch import upload
+from moe.guests import Nobody
 from moe.layer import MoE
-from moe.visit import Stay
+from moe.trip import Stay
 from placement import Placement
 from routing import Assignment, Choice
 
@@ -115,9 +116,8 @@ def follow(
     present, tokens, visits_TR = _gone(x_TD, choice, step, peers)
     x_PD, weight_PK = present
     norm_PD = norm(x_PD)
-    own, visiting = layer._weights(())
     index_M, place_PK, rows_A = _rows(step, tokens, layer.experts.expert_ids, peers.rank, x_TD.device)
-    out_MD = layer.experts(norm_PD[index_M], None, Stay(rows_A=rows_A), own, visiting)
+    out_MD = layer.experts(norm_PD[index_M], None, Stay(rows_A=rows_A), layer._weights(), Nobody())
     part_PD = _added(out_MD, place_PK, weight_PK)
     strays_TR = visits_TR & (np.arange(peers.size) != step.next_T[:, None])
     (stay_P,) = upload([np.flatnonzero(step.next_T[tokens] == peers.rank)], x_TD.device)
