@@ -15,6 +15,10 @@ whose expert is heavier; what other ranks make of it is added up there and follo
 layers where no token on any rank has need of it. Every rank decides all this for all tokens from one small table, and
 so tells nobody where a row goes.
 
+What it saves is messages and rows of tokens; bytes it saves only where the context is narrow. With keys and values w
+times as wide as a token, R ranks and k experts a token, the context is R w / 2k times the bytes that tokens cross with
+otherwise: w = 2, as without shared heads, never pays; w = 1/4 may.
+
 Two tokens of one sequence in one step, as when a prompt is read, must see each other in every layer: pin them, and they
 come home as usual.
 """

@@ -47,7 +47,7 @@ EXPERTS, LAYERS, WINDOWS = 16, 4, 4
 SLOTS, PROMPT, ANSWER = 8, 16, 33
 PLANNED = {
     "affinity": ("--planner", "affinity"),
-    "joint": ("--planner", "affinity", "--balance-cap", "1.2", "--fan-out", "1"),
+    "joint": ("--planner", "affinity", "--balance-cap", "1.1", "--fan-out", "1"),
 }
 HEADS = [
     "top-k", "plan", "hops that stay, by the plan", "all-to-alls a layer", "rows between ranks ÷ ordinary",
