@@ -69,10 +69,12 @@ def line_bytes(tensor: Tensor) -> int:
 
 
 def layers_of(model: nn.Module) -> dict[str, MoE]:
-    """The MoE layers by their names, each once."""
+    """The MoE layers by their names, each once. Their experts must be plain tensors, which have a line for each."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     if not layers:
         raise ValueError("the model has no MoE layer")
+    for layer in layers.values():
+        layer.experts.check_whole()
     return layers
 
 

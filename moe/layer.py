@@ -129,6 +129,7 @@ class MoE(nn.Module):
 
     def expert_state(self) -> dict[int, dict[str, Tensor]]:
         """{expert: {name: tensor}} of the experts this rank homes, sharing memory with the parameters."""
+        self.experts.check_whole()
         return {
             expert: {name: weight.detach()[slot] for name, weight in self.experts.named_parameters()}
             for slot, expert in enumerate(self.experts.expert_ids)
@@ -138,6 +139,7 @@ class MoE(nn.Module):
     @torch.no_grad()
     def load_expert_state(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
         """From any such dict that holds this rank's experts, wherever they lived when it was saved. All, or nothing."""
+        self.experts.check_whole()
         copies: list[tuple[Tensor, Tensor]] = []
         for name, weight in self.experts.named_parameters():
             for slot, expert in enumerate(self.experts.expert_ids):
@@ -162,6 +164,13 @@ class MoE(nn.Module):
             self.guestbook.clear()
         self.experts.rehouse(placement.experts_of(self.peers.rank).tolist(), weights)
         self.placement = placement
+
+    def set_deepspeed_parallelism(self, *_: Any) -> None:
+        """A DeepSpeed engine calls it while it is made. It would take experts for parameters that all ranks share."""
+        raise ValueError(
+            "DeepSpeed does not know that these experts differ from rank to rank, and would average them; in the place "
+            "of deepspeed.initialize use moe.integrations.deepspeed.initialize, with the same arguments"
+        )
 
     def extra_repr(self) -> str:
         return f"rank {self.peers.rank} of {self.peers.size}, {self.config.assigner}"

@@ -3,12 +3,14 @@
 from moe.comm.exchange import exchange, gather_rows
 from moe.comm.group import EVERYONE, Everyone, Group, Peers, gather_counts, gather_objects, max_over, nodes_of, sum_over
 from moe.comm.lend import Coming, Lending, tie, visitors
+from moe.comm.mesh import as_shard, here, is_shard, join, mesh_of, put, shard_powers
 from moe.comm.move import WORD, checksums, ship
 from moe.comm.store import Folder, Stored, read_tensors, stored_tensors, write_tensors
 from moe.comm.world import World, WorldError, world_group
 
 __all__ = [
     "EVERYONE", "WORD", "Coming", "Everyone", "Folder", "Group", "Lending", "Peers", "Stored", "World", "WorldError",
-    "checksums", "exchange", "gather_counts", "gather_objects", "gather_rows", "max_over", "nodes_of", "read_tensors",
-    "ship", "stored_tensors", "sum_over", "tie", "visitors", "world_group", "write_tensors",
+    "as_shard", "checksums", "exchange", "gather_counts", "gather_objects", "gather_rows", "here", "is_shard", "join",
+    "max_over", "mesh_of", "nodes_of", "put", "read_tensors", "shard_powers", "ship", "stored_tensors", "sum_over",
+    "tie", "visitors", "world_group", "write_tensors",
 ]  # fmt: skip
