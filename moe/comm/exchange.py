@@ -27,6 +27,23 @@ def exchange(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers
     return row_MD
 
 
+def gather_rows(row_ND: Tensor, count_R: Sequence[int], peers: Peers) -> Tensor:
+    """Every rank's rows on every rank: count_R[r] from rank r, in the order of the ranks. Not differentiable.
+
+    Messages are as long as the longest: the backends want them equal.
+    """
+    if len(row_ND) != count_R[peers.rank]:
+        raise ValueError(f"{len(row_ND)} rows, but count_R={list(count_R)} says {count_R[peers.rank]} of this rank")
+    if peers.group is None:
+        return row_ND.clone()
+    longest = max(count_R)
+    padded = row_ND.new_zeros(longest, *row_ND.shape[1:])
+    padded[: len(row_ND)] = row_ND
+    every = [torch.empty_like(padded) for _ in count_R]
+    dist.all_gather(every, padded, group=peers.group)
+    return torch.cat([rows[:count] for rows, count in zip(every, count_R, strict=True)])
+
+
 class _Exchange(torch.autograd.Function):
     """forward:   y = P x      P permutes the rows of all ranks together
     backward:  dx = P^T dy  the same all-to-all with its splits swapped
