@@ -6,7 +6,7 @@ PIP_FLAGS ?= --disable-pip-version-check --quiet
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: demo native test check format bench docs clean
+.PHONY: demo native test chaos check format bench docs clean
 .DEFAULT_GOAL := check
 
 # DS_BUILD_OPS=0: DeepSpeed compiles nothing while it is installed.
@@ -34,6 +34,9 @@ test: $(VENV)/ready
 
 docs: $(VENV)/ready
 	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
+
+chaos: $(VENV)/ready
+	@$(RUN)/python -m pytest tests/moe/live -m "chaos or not chaos"
 
 check: $(VENV)/ready
 	@$(RUN)/ruff format --check .

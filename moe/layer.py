@@ -165,6 +165,16 @@ class MoE(nn.Module):
         self.experts.rehouse(placement.experts_of(self.peers.rank).tolist(), weights)
         self.placement = placement
 
+    def resettle(self, placement: Placement, peers: Peers) -> None:
+        """Another placement among other peers from the next step on. The weights stay: experts that the placement does
+        not put here get no rows. Every rank must call; see Live."""
+        _placement(self.config, peers, placement)
+        if missing := set(placement.experts_of(peers.rank).tolist()) - set(self.experts.expert_ids):
+            raise ValueError(f"the placement puts experts {sorted(missing)} on this rank, which does not hold them")
+        if self.guestbook is not None:
+            raise ValueError("guests stay inside lasting_visits(model); leave it before ranks change")
+        self.placement, self.peers = placement, peers
+
     def set_deepspeed_parallelism(self, *_: Any) -> None:
         """A DeepSpeed engine calls it while it is made. It would take experts for parameters that all ranks share."""
         raise ValueError(
@@ -240,7 +250,8 @@ class MoE(nn.Module):
         """The experts at home, of which copies elsewhere share their gradients."""
         stack = self.experts.stack()
         names = [name for name, weight in zip(Stack._fields, stack) if weight is not None]
-        weights = tie([weight for weight in stack if weight is not None], self.placement, self.peers)
+        ids = self.experts.expert_ids
+        weights = tie([weight for weight in stack if weight is not None], ids, self.placement, self.peers)
         empty: dict[str, Tensor | None] = {"up_bias": None, "down_bias": None}
         return Stack(**(empty | dict(zip(names, weights))))  # type: ignore[arg-type]
 
@@ -248,8 +259,8 @@ class MoE(nn.Module):
         if not loans:
             return Nobody()
         if self.guestbook is not None:
-            return self.guestbook.admit(loans, self.placement)
-        return self.config.guests(Lending.of(loans, self.placement, self.peers))
+            return self.guestbook.admit(loans, self.experts.expert_ids)
+        return self.config.guests(Lending.of(loans, self.experts.expert_ids, self.peers))
 
 
 def _placement(config: MoEConfig, peers: Peers, placement: Placement | None) -> Placement:

@@ -50,9 +50,9 @@ def mesh_of(group: Group, device: torch.device) -> DeviceMesh:
     """A mesh as it is; the mesh of a process group."""
     if isinstance(group, DeviceMesh):
         return group
-    if group is None:
+    if (known := Peers.of(group).group) is None:
         raise ValueError("a DTensor needs a mesh or a process group; got None")
-    return DeviceMesh.from_group(group, device.type)
+    return DeviceMesh.from_group(known, device.type)
 
 
 def shard_powers(pairs: Sequence[tuple[Tensor, Tensor | None]], norm_type: float) -> Tensor | None:

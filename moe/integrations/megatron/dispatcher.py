@@ -129,7 +129,8 @@ class VisitedExperts(SequentialMLP):  # type: ignore[misc]
         """Of each own expert, then of each visitor, by the names of its module's parameters."""
         names = [name for name, _ in self.local_experts[0].named_parameters()]
         stacks = [torch.stack([expert.get_parameter(name) for expert in self.local_experts]) for name in names]
-        lending = Lending.of(dispatcher.loans, dispatcher.placement, dispatcher.peers)
+        ids = dispatcher.placement.experts_of(dispatcher.peers.rank).tolist()
+        lending = Lending.of(dispatcher.loans, ids, dispatcher.peers)
         all_of: tuple[Tensor, ...] = _Lend.apply(lending, *stacks)  # type: ignore[no-untyped-call]
         both = all_of[: len(stacks)], all_of[len(stacks) :]
         own, visiting = ([dict(zip(names, each)) for each in zip(*(s.unbind(0) for s in stacks))] for stacks in both)

@@ -97,7 +97,8 @@ class BalancedExperts(RoutedExperts):  # type: ignore[misc]
     def _guests(self, loans: tuple[Loan, ...], peers: Peers) -> Guests:
         if not loans:
             return Nobody()
-        return KeepGuests()(Lending.of(loans, in_order(self.num_experts, peers.size), peers))
+        ids = in_order(self.num_experts, peers.size).experts_of(peers.rank).tolist()
+        return KeepGuests()(Lending.of(loans, ids, peers))
 
 
 def _choice(rows: Rows, score_TK: Tensor, num_experts: int) -> Choice:
