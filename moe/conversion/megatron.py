@@ -1,0 +1,113 @@
+"""Megatron-Core: the files of its `torch` format, one for each expert-parallel rank, experts numbered from 0 in each.
+
+Checked against megatron-core 0.16.1. linear_fc1 is the gate over up. What is not of an expert is in every file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe.conversion.entries import Entry, joined, single
+from moe.conversion.layouts import IF_ANY, Specs
+from moe.conversion.mapped import Kept, blank, create_torch, map_torch
+
+TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
+STYLES: dict[str, tuple[Entry, ...]] = {
+    "sequential": joined("experts.local_experts.{expert}", "linear_fc1", "linear_fc2"),
+    "te-grouped": joined("experts", "linear_fc1", "linear_fc2", weight=".weight{expert}", bias=".bias{expert}"),
+    "grouped": (
+        Entry(name="experts.weight1", parts=("gate", "up"), transposed=True, flat="wide"),
+        Entry(name="experts.weight2", parts=("down",), transposed=True, flat="tall"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Megatron:
+    """ranks: expert-parallel ranks, a file each. style: sequential (SequentialMLP), te-grouped (TEGroupedMLP), grouped
+    (GroupedMLP, transposed). trust: run what the pickles ask for."""
+
+    ranks: int = 1
+    style: str = "sequential"
+    template: str = "decoder.layers.{layer}.mlp"
+    prices: str = IF_ANY
+    trust: bool = False
+
+    def __post_init__(self) -> None:
+        if self.style not in STYLES:
+            raise ValueError(f"style {self.style!r} is not one of {', '.join(STYLES)}")
+        if self.ranks < 1:
+            raise ValueError(f"ranks={self.ranks}; expected 1 or more")
+
+    @property
+    def name(self) -> str:
+        return f"Megatron-Core {self.style}, {self.ranks} expert-parallel rank{'s' * (self.ranks > 1)}"
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return (
+            *STYLES[self.style],
+            single("router", "router.weight"),
+            single("router_bias", "router.bias"),
+            single("price", "router.expert_bias", negated=True),
+            *joined("shared_experts", "linear_fc1", "linear_fc2", shared=True),
+            single("shared_switch", "shared_experts.gate_weight"),
+        )
+
+    def load(self, folder: Path) -> tuple[list[dict[str, Kept]], list[str]]:
+        ranks = []
+        for path in _files(folder):
+            content = map_torch(path, trust=self.trust)
+            model = content.get("model") if isinstance(content, dict) else None
+            if not isinstance(model, dict):
+                more = " (virtual pipeline stages)" if isinstance(content, dict) and "model0" in content else ""
+                raise ValueError(f"{path}: has no 'model'{more}; expected a checkpoint of Megatron's torch format")
+            _refuse_slices(path, content.get("args"))
+            ranks.append({key: Kept.of(value) for key, value in model.items() if isinstance(value, Tensor)})
+        return ranks, []
+
+    def create(self, folder: Path, ranks: Sequence[Specs], layers: Sequence[str]) -> list[dict[str, Tensor]]:
+        (folder / TRACKER).write_text("release")
+        tensors = []
+        for rank, specs in enumerate(ranks):
+            name = "mp_rank_00" if len(ranks) == 1 else f"mp_rank_00_{rank:03}"
+            path = folder / "release" / name / FILE
+            path.parent.mkdir(parents=True)
+            content = {"model": blank(specs), "checkpoint_version": 3.0, "iteration": 0}
+            tensors.append(create_torch(path, content)["model"])
+        return tensors
+
+
+def _files(folder: Path) -> list[Path]:
+    """The file of each expert-parallel rank."""
+    if (folder / TRACKER).exists():
+        last = (folder / TRACKER).read_text().strip()
+        folder = folder / (f"iter_{int(last):07}" if last.isdigit() else last)
+    if (folder / ".metadata").exists():
+        raise ValueError(f"{folder}: is a distributed checkpoint; expected the torch format (--ckpt-format torch)")
+    found = {path.parent.name: path for path in folder.glob(f"mp_rank_*/{FILE}")}
+    if not found:
+        raise ValueError(f"{folder}: has no mp_rank_*/{FILE}; expected a checkpoint of Megatron's torch format")
+    for name in found:
+        parts = re.fullmatch(r"mp_rank_(\d+)(_\d{3})?(_\d{3})?", name)
+        if parts is None or int(parts[1]) or parts[3]:
+            raise ValueError(
+                f"{folder}: {name} is a slice of tensor or pipeline parallelism; expected mp_rank_00, or "
+                f"mp_rank_00_000 and on, one for each expert-parallel rank"
+            )
+    names = sorted(found)
+    if len(names) > 1 and names != [f"mp_rank_00_{rank:03}" for rank in range(len(names))]:
+        raise ValueError(f"{folder}: has {', '.join(names)}; expected mp_rank_00_000 and on, none missing")
+    return [found[name] for name in names]
+
+
+def _refuse_slices(path: Path, args: Any) -> None:
+    for name in ("tensor_model_parallel_size", "expert_tensor_parallel_size", "pipeline_model_parallel_size"):
+        if (size := getattr(args, name, None) or 1) > 1:
+            raise ValueError(f"{path}: was saved with {name}={size}; expected 1: merge the slices first")
