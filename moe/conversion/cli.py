@@ -36,7 +36,7 @@ def run(
     family: Annotated[str, typer.Option(help=f"Hugging Face, where no config says: {', '.join(FAMILIES)}.")] = "",
     config: Annotated[Path | None, typer.Option(help="To hf: a config.json, or its folder, to go along.")] = None,
     ranks: Annotated[int, typer.Option(help="Expert-parallel ranks, to megatron.")] = 1,
-    style: Annotated[str, typer.Option(help="megatron: sequential, te-grouped, grouped; deepspeed: proj, fc, ...")] = "",
+    style: Annotated[str, typer.Option(help="megatron: sequential, te-grouped, grouped; deepspeed: proj, ...")] = "",
     source_style: Annotated[str, typer.Option(help="The same, of the source; found out where not said.")] = "",
     layers: Annotated[str, typer.Option(help="What a layer is called in the target, with {layer} in it.")] = "",
     shard_mb: Annotated[float, typer.Option(help="Most MB of a file of safetensors.")] = 4096.0,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from moe.conversion.contents import Contents, Held
+from moe.conversion.contents import Contents, Held, fingerprint
 from moe.conversion.convert import number_of, read, unequal
 from moe.conversion.layouts import Layout
 from moe.conversion.place import OF_EXPERTS, Piece
@@ -44,13 +42,6 @@ def verify(source: Path, target: Path, *, of: Layout, to: Layout, rest: bool = T
                 wrong[piece] = found
     faults += _explained(wrong, meant, prints, first, second)
     return tuple(faults + (_rest_faults(first, second) if rest else []))
-
-
-def fingerprint(tensor: Tensor) -> Print:
-    """Of type and numbers, in order; not of the shape."""
-    digest = blake2b(str(tensor.dtype).encode(), digest_size=16)
-    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
 
 
 def _same_layers(first: Sequence[str], second: Sequence[str]) -> dict[str, str]:
@@ -98,18 +89,34 @@ def _explained(
     for piece, known in prints.items():
         owners[piece.part, known].append(piece)
     lines: dict[tuple[str, int | None], dict[str, str]] = defaultdict(dict)
-    took: Counter[tuple[str, int | None]] = Counter()
+    taken: dict[tuple[str, int | None], set[tuple[str, int | None]]] = defaultdict(set)
     for piece, found in wrong.items():
         origin = meant[piece]
         same = owners.get((piece.part, found), [])
         there = [held for held in same if held.layer == origin.layer] or same
         if there and second.pieces[piece].shape == first.pieces[there[0]].shape:
-            why = f"holds what {_whose(there[0], origin)} has in the source"
-            took[there[0][:2]] += 1
+            lines[piece[:2]][piece.part] = f"holds what {_whose(there[0], origin)} has in the source"
+            taken[there[0][:2]].add(piece[:2])
         else:
-            why = _why(piece, found, origin, prints, first)
-        lines[piece[:2]][piece.part] = why
-    return _summed_up(lines, second)
+            lines[piece[:2]][piece.part] = _why(piece, found, origin, prints, first)
+    return _summed_up(lines, second) + _twice_or_nowhere(taken, {piece[:2]: meant[piece][:2] for piece in wrong})
+
+
+def _twice_or_nowhere(
+    taken: Mapping[tuple[str, int | None], set[tuple[str, int | None]]],
+    displaced: Mapping[tuple[str, int | None], tuple[str, int | None]],
+) -> list[str]:
+    """taken: an expert of the source -> where else its numbers are. displaced: where they should be -> that expert."""
+    if not taken:
+        return []
+    faults = []
+    for (layer, expert), places in taken.items():
+        times = len(places) + ((layer, expert) not in displaced.values())
+        if times > 1 and expert is not None:
+            faults.append(f"{layer}: what expert {expert} has in the source is there {times} times")
+    usurped = {displaced[place] for places in taken.values() for place in places}
+    nowhere = sorted(of for of in usurped if of not in taken and of[1] is not None)
+    return faults + [f"{layer}: what expert {expert} has in the source is nowhere" for layer, expert in nowhere]
 
 
 def _whose(other: Piece, origin: Piece) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -21,6 +22,18 @@ STATISTICS = re.compile(r"(^|\.)router\.(stat_\w+|local_tokens_per_expert)$")
 def natural(name: str) -> list[tuple[int, str]]:
     """Sorts layers.2 before layers.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def in_order(piece: Piece) -> tuple[object, ...]:
+    """By layer, experts first."""
+    return natural(piece.layer), piece.expert is None, piece.expert or 0, piece.part
+
+
+def fingerprint(tensor: Tensor) -> bytes:
+    """Of type and numbers, in order; not of the shape."""
+    digest = blake2b(str(tensor.dtype).encode(), digest_size=16)
+    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,8 @@ class Contents:
         for rank, (file, known) in enumerate(zip(ranks, names, strict=True)):
             found._take(rank, file, known)
         found._check()
-        return found
+        ordered = {piece: found.pieces[piece] for piece in sorted(found.pieces, key=in_order)}
+        return replace(found, pieces=ordered)
 
     def _take(self, rank: int, file: File, known: _Recognised) -> None:
         for key, (layer, number, entry) in known.at.items():
