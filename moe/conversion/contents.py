@@ -32,7 +32,9 @@ def in_order(piece: Piece) -> tuple[object, ...]:
 def fingerprint(tensor: Tensor) -> bytes:
     """Of type and numbers, in order; not of the shape."""
     digest = blake2b(str(tensor.dtype).encode(), digest_size=16)
-    digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    # A tensor of one number is contiguous whatever its strides; as bytes it is not.
+    flat = tensor.detach().contiguous().as_strided((tensor.numel(),), (1,))
+    digest.update(flat.view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -18,6 +18,7 @@ from moe.conversion.layouts import IF_ANY, Specs
 from moe.conversion.mapped import Kept, blank, create_torch, map_torch
 
 TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
+LINEAR = re.compile(r"(.*\.linear_\w+)\.weight\d*")
 STYLES: dict[str, tuple[Entry, ...]] = {
     "sequential": joined("experts.local_experts.{expert}", "linear_fc1", "linear_fc2"),
     "te-grouped": joined("experts", "linear_fc1", "linear_fc2", weight=".weight{expert}", bias=".bias{expert}"),
@@ -79,8 +80,11 @@ class Megatron:
             name = "mp_rank_00" if len(ranks) == 1 else f"mp_rank_00_{rank:03}"
             path = folder / "release" / name / FILE
             path.parent.mkdir(parents=True)
-            content = {"model": blank(specs), "checkpoint_version": 3.0, "iteration": 0}
-            tensors.append(create_torch(path, content)["model"])
+            # Megatron's linear layers say that they have a state besides their weights, and miss it where it is not.
+            states = {LINEAR.sub(r"\1._extra_state", key): None for key in specs if LINEAR.fullmatch(key)}
+            content = {"model": blank(specs) | states, "checkpoint_version": 3.0, "iteration": 0}
+            model = create_torch(path, content)["model"]
+            tensors.append({key: model[key] for key in specs})
         return tensors
 
 
