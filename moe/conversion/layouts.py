@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moe.comm import read_tensors, stored_tensors
+from moe.comm import Shelf
 from moe.conversion.entries import Entry, joined, single
 from moe.conversion.mapped import Kept, Spec, create_safetensors, map_safetensors
 
@@ -70,10 +71,11 @@ class Ours:
     def load(self, folder: Path) -> tuple[list[dict[str, Kept]], list[str]]:
         if not (folder / ".metadata").exists():
             return load_safetensors(folder)
-        stored = {name: info for name, info in stored_tensors(folder).items() if name.startswith("model.")}
+        shelf = Shelf(folder)
         kept = {
-            name.removeprefix("model."): Kept(info.shape, info.dtype, _Stored(folder, name, info.shape, info.dtype))
-            for name, info in stored.items()
+            name.removeprefix("model."): Kept(info.shape, info.dtype, partial(shelf.read, name))
+            for name, info in shelf.tensors.items()
+            if name.startswith("model.")
         }
         return [kept], []
 
@@ -88,19 +90,6 @@ OWN_NAMES = (
     single("router_bias", "router.bias"),
     single("shared_switch", "shared_switch.weight"),
 )
-
-
-@dataclass(frozen=True)
-class _Stored:
-    folder: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def __call__(self) -> Tensor:
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        read_tensors({self.name: tensor}, self.folder)
-        return tensor
 
 
 def load_safetensors(folder: Path) -> tuple[list[dict[str, Kept]], list[str]]:

@@ -1,6 +1,7 @@
 """Megatron-Core: the files of its `torch` format, one for each expert-parallel rank, experts numbered from 0 in each.
 
-Checked against megatron-core 0.16.1. linear_fc1 is the gate over up. What is not of an expert is in every file.
+Checked against megatron-core 0.16.1. linear_fc1 is the gate over up. What is not of an expert is in every file. Its
+distributed format (`torch_dist`), where a tensor has all experts and may have all layers, is read and not written.
 """
 
 from __future__ import annotations
@@ -8,20 +9,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from moe.comm import Shelf
 from moe.conversion.entries import Entry, joined, single
 from moe.conversion.layouts import IF_ANY, Specs
 from moe.conversion.mapped import Kept, blank, create_torch, map_torch
 
 TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
 LINEAR = re.compile(r"(.*\.linear_\w+)\.weight\d*")
+OPTIMIZER, STACK = ("optimizer.", "chained_"), ".experts.experts."
+OF_ALL_LAYERS = re.compile(r"(.*\blayers)\.((?:mlp\.experts|mlp\.router|mlp\.shared_experts)\..*)")
 STYLES: dict[str, tuple[Entry, ...]] = {
     "sequential": joined("experts.local_experts.{expert}", "linear_fc1", "linear_fc2"),
     "te-grouped": joined("experts", "linear_fc1", "linear_fc2", weight=".weight{expert}", bias=".bias{expert}"),
+    "distributed": joined("experts.experts.{expert}", "linear_fc1", "linear_fc2"),
     "grouped": (
         Entry(name="experts.weight1", parts=("gate", "up"), transposed=True, flat="wide"),
         Entry(name="experts.weight2", parts=("down",), transposed=True, flat="tall"),
@@ -32,7 +38,7 @@ STYLES: dict[str, tuple[Entry, ...]] = {
 @dataclass(frozen=True, kw_only=True)
 class Megatron:
     """ranks: expert-parallel ranks, a file each. style: sequential (SequentialMLP), te-grouped (TEGroupedMLP), grouped
-    (GroupedMLP, transposed). trust: run what the pickles ask for."""
+    (GroupedMLP, transposed), distributed (reading only). trust: run what the pickles ask for."""
 
     ranks: int = 1
     style: str = "sequential"
@@ -62,6 +68,9 @@ class Megatron:
         )
 
     def load(self, folder: Path) -> tuple[list[dict[str, Kept]], list[str]]:
+        folder = _last(folder)
+        if (folder / ".metadata").exists():
+            return [_distributed(folder)], []
         ranks = []
         for path in _files(folder):
             content = map_torch(path, trust=self.trust)
@@ -74,6 +83,10 @@ class Megatron:
         return ranks, []
 
     def create(self, folder: Path, ranks: Sequence[Specs], layers: Sequence[str]) -> list[dict[str, Tensor]]:
+        if self.style == "distributed":
+            raise ValueError(
+                "Megatron's distributed format is read, not written; use style sequential, te-grouped or grouped"
+            )
         (folder / TRACKER).write_text("release")
         tensors = []
         for rank, specs in enumerate(ranks):
@@ -88,13 +101,37 @@ class Megatron:
         return tensors
 
 
+def _last(folder: Path) -> Path:
+    """The folder of the checkpoint that was written last."""
+    if not (folder / TRACKER).exists():
+        return folder
+    last = (folder / TRACKER).read_text().strip()
+    return folder / (f"iter_{int(last):07}" if last.isdigit() else last)
+
+
+def _distributed(folder: Path) -> dict[str, Kept]:
+    """The model's tensors, those of MoE layers as if each layer and each expert had its own."""
+    shelf = Shelf(folder)
+    kept: dict[str, Kept] = {}
+    for name, info in shelf.tensors.items():
+        if name.startswith(OPTIMIZER):
+            continue
+        lines: list[tuple[str, tuple[int, ...]]] = [(name, ())]
+        if (of_all := OF_ALL_LAYERS.fullmatch(name)) is not None:
+            lines = [(f"{of_all[1]}.{layer}.{of_all[2]}", (layer,)) for layer in range(info.shape[0])]
+        if STACK in name:
+            lines = [
+                (key.replace(STACK, f"{STACK}{expert}."), (*place, expert))
+                for key, place in lines
+                for expert in range(info.shape[len(place)])
+            ]
+        for key, place in lines:
+            kept[key] = Kept(info.shape[len(place) :], info.dtype, partial(shelf.read, name, place))
+    return kept
+
+
 def _files(folder: Path) -> list[Path]:
     """The file of each expert-parallel rank."""
-    if (folder / TRACKER).exists():
-        last = (folder / TRACKER).read_text().strip()
-        folder = folder / (f"iter_{int(last):07}" if last.isdigit() else last)
-    if (folder / ".metadata").exists():
-        raise ValueError(f"{folder}: is a distributed checkpoint; expected the torch format (--ckpt-format torch)")
     found = {path.parent.name: path for path in folder.glob(f"mp_rank_*/{FILE}")}
     if not found:
         raise ValueError(f"{folder}: has no mp_rank_*/{FILE}; expected a checkpoint of Megatron's torch format")

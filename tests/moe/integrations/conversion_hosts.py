@@ -59,7 +59,27 @@ def megatron(converted: str, saved: str, style: str) -> Tensor:
     content = {PREFIX + key: value for key, value in layer.state_dict().items()}
     torch.save({"model": content, "args": Namespace(tensor_model_parallel_size=1), "iteration": 7}, path)
     (Path(saved) / "latest_checkpointed_iteration.txt").write_text("7")
+    if not grouped:
+        _distributed(layer, Path(saved).with_name("distributed"))
     return out[:, 0].float()
+
+
+def _distributed(layer: Any, folder: Path) -> None:
+    """In Megatron's distributed format, as the block of like layers that this is one of, and by itself. Its own writer
+    starts a process, which a rank of a World may not: torch's writes what Megatron has made of the state."""
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+    from megatron.core.dist_checkpointing.strategies import torch as strategy
+    from megatron.core.parallel_state import get_data_parallel_group
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    metadata = {"dp_cp_group": get_data_parallel_group(with_context_parallel=True)}
+    for name, prefix, offsets in (("alone", PREFIX, ()), ("block", "decoder.layers.mlp.", ((0, 0, 1),))):
+        state = layer.sharded_state_dict(prefix, offsets, metadata)
+        state, _ = save_preprocess(state)
+        state, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(state, True)
+        planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        writer = FileSystemWriter(folder / name)
+        save(strategy.mcore_to_pyt_state_dict(state, False), storage_writer=writer, planner=planner)
 
 
 def _megatron_on_cpu() -> None:

@@ -49,6 +49,13 @@ def test_megatrons_own_layer_computes_the_same_from_converted_weights(pair: Worl
             mine = net[str(LAYER)](tokens(rank).to(net[str(LAYER)].experts.up.dtype)).float()
         torch.testing.assert_close(out, mine, rtol=0, atol=2e-6 if style == "sequential" else 2e-2)
         assert mine.abs().max() > 0.05
+    if style == "sequential":
+        export_safetensors(nn.ModuleDict({"0": net[str(LAYER)]}), tmp_path / "first")
+        for name, start in (("alone", "ours"), ("block", "first")):
+            folder = tmp_path / "distributed" / name
+            found = detect(folder, "megatron")
+            assert found.template == "decoder.layers.{layer}.mlp"
+            assert verify(tmp_path / start, folder, of=Ours(), to=found) == ()
     saved = detect(tmp_path / "saved", "megatron")
     assert (saved.ranks, getattr(saved, "style", "")) == (RANKS, style)
     assert verify(tmp_path / "ours", tmp_path / "saved", of=Ours(), to=saved) == ()
