@@ -22,12 +22,22 @@ from moe.conversion.mapped import Kept, blank, create_torch, map_torch
 
 TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
 LINEAR = re.compile(r"(.*\.linear_\w+)\.weight\d*")
-OPTIMIZER, STACK = ("optimizer.", "chained_"), ".experts.experts."
+OPTIMIZER = ("optimizer.", "chained_")
+STACK = re.compile(r"\.experts\.experts\.(?!\d)")
 OF_ALL_LAYERS = re.compile(r"(.*\blayers)\.((?:mlp\.experts|mlp\.router|mlp\.shared_experts)\..*)")
 STYLES: dict[str, tuple[Entry, ...]] = {
     "sequential": joined("experts.local_experts.{expert}", "linear_fc1", "linear_fc2"),
     "te-grouped": joined("experts", "linear_fc1", "linear_fc2", weight=".weight{expert}", bias=".bias{expert}"),
-    "distributed": joined("experts.experts.{expert}", "linear_fc1", "linear_fc2"),
+    "distributed": (
+        *joined("experts.experts.{expert}", "linear_fc1", "linear_fc2"),
+        # With singleton_local_shards: gate and up apart.
+        *(
+            single(f"{kind}{part}{bias}", f"{prefix}.linear_fc1.{'bias' if bias else 'weight'}_{end}")
+            for kind, prefix in (("", "experts.experts.{expert}"), ("shared_", "shared_experts"))
+            for part, end in (("gate", "w"), ("up", "v"))
+            for bias in ("", "_bias")
+        ),
+    ),
     "grouped": (
         Entry(name="experts.weight1", parts=("gate", "up"), transposed=True, flat="wide"),
         Entry(name="experts.weight2", parts=("down",), transposed=True, flat="tall"),
@@ -119,9 +129,9 @@ def _distributed(folder: Path) -> dict[str, Kept]:
         lines: list[tuple[str, tuple[int, ...]]] = [(name, ())]
         if (of_all := OF_ALL_LAYERS.fullmatch(name)) is not None:
             lines = [(f"{of_all[1]}.{layer}.{of_all[2]}", (layer,)) for layer in range(info.shape[0])]
-        if STACK in name:
+        if STACK.search(name):
             lines = [
-                (key.replace(STACK, f"{STACK}{expert}."), (*place, expert))
+                (STACK.sub(f".experts.experts.{expert}.", key), (*place, expert))
                 for key, place in lines
                 for expert in range(info.shape[len(place)])
             ]

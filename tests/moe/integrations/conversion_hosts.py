@@ -72,8 +72,14 @@ def _distributed(layer: Any, folder: Path) -> None:
     from megatron.core.parallel_state import get_data_parallel_group
     from torch.distributed.checkpoint import FileSystemWriter, save
 
-    metadata = {"dp_cp_group": get_data_parallel_group(with_context_parallel=True)}
-    for name, prefix, offsets in (("alone", PREFIX, ()), ("block", "decoder.layers.mlp.", ((0, 0, 1),))):
+    group = get_data_parallel_group(with_context_parallel=True)
+    ways: tuple[tuple[str, str, Any, bool], ...] = (
+        ("alone", PREFIX, (), False),
+        ("block", "decoder.layers.mlp.", ((0, 0, 1),), False),
+        ("singleton", PREFIX, (), True),
+    )
+    for name, prefix, offsets, apart in ways:
+        metadata = {"dp_cp_group": group, "singleton_local_shards": apart}
         state = layer.sharded_state_dict(prefix, offsets, metadata)
         state, _ = save_preprocess(state)
         state, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(state, True)

@@ -51,7 +51,7 @@ def test_megatrons_own_layer_computes_the_same_from_converted_weights(pair: Worl
         assert mine.abs().max() > 0.05
     if style == "sequential":
         export_safetensors(nn.ModuleDict({"0": net[str(LAYER)]}), tmp_path / "first")
-        for name, start in (("alone", "ours"), ("block", "first")):
+        for name, start in (("alone", "ours"), ("block", "first"), ("singleton", "ours")):
             folder = tmp_path / "distributed" / name
             found = detect(folder, "megatron")
             assert found.template == "decoder.layers.{layer}.mlp"
