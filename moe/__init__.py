@@ -1,13 +1,15 @@
 """Make it so: the layer, the collectives under it, and the proofs that it is exact."""
 
 from moe import checkpoint
+from moe.activation import GELU, ReLU2, SwiGLU
 from moe.census import census
 from moe.clip import clip_grad_norm, grad_norm
 from moe.comm import EVERYONE, World, WorldError, nodes_of
+from moe.compute import Fastest, Grouped, Loop
 from moe.config import MoEConfig
 from moe.data_parallel import average_expert_grads, expert_parameters, leave_experts_alone
 from moe.elastic import Elastic, Pulse
-from moe.experts import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
+from moe.experts import Experts
 from moe.layer import MoE
 from moe.levy import charge
 from moe.meters import Meters

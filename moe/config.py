@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe.experts import Activation, Compute, Fastest, SwiGLU
+from moe.activation import Activation, SwiGLU
+from moe.compute import Compute, Fastest
 from routing import (
     Assigner,
     AtHome,

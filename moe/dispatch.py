@@ -4,23 +4,23 @@ Letters here: N rows this rank chose (as in Choice); G of them go to other ranks
 are guests from other ranks. The M rows are sorted by expert (own experts by slot, then visitors), then by the rank they
 come from, then by their order there, so that an expert sees its rows in the same order wherever it is.
 
-Sending and coming home are each other's transpose, so two functions make forward and backward of both:
+Going and coming are each other's transpose, so they make forward and backward of both tokens and results:
 
-    _out:  rows -> M     rows leave by `exchange`, rows that stay are copied, all land sorted by expert
-    _back: M -> N        results go back the same way, and land in the order in which they were chosen
+    go:            tokens that leave are sent; those that stay are picked from where they are, never sent to oneself
+    come, total:   what was made of guests goes back; each token adds up its rows, wherever they were computed
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe.comm import Peers, exchange
 from routing import Assignment, Choice, at_least_fp32
@@ -38,6 +38,10 @@ class Dispatch:
     row_O: Tensor
     place_O: Tensor
     place_H: Tensor
+    token_G: Tensor
+    index_M: Tensor
+    place_N: Tensor
+    room: int
     send_R: tuple[int, ...]
     recv_R: tuple[int, ...]
     rows_A: tuple[int, ...]
@@ -59,13 +63,25 @@ class Dispatch:
         nowhere = choice.token_N.numel() - int(count_E.sum())  # such rows sort before expert 0
         by_expert_N = choice.expert_N.argsort(stable=True)
         go, stay, place_stay, place_guest = _spread(segments, choice.token_N.device)
+        row_G, row_O = by_expert_N[go + nowhere], by_expert_N[stay + nowhere]
+        num_rows, tokens, device = int(recv_AR.sum()), choice.num_tokens, choice.token_N.device
+        index_M = torch.empty(num_rows, dtype=torch.int64, device=device)
+        index_M.index_copy_(0, place_stay, choice.token_N.index_select(0, row_O))
+        index_M.index_copy_(0, place_guest, torch.arange(tokens, tokens + len(place_guest), device=device))
+        place_N = torch.full_like(choice.token_N, num_rows + len(row_G))
+        place_N.index_copy_(0, row_O, place_stay)
+        place_N.index_copy_(0, row_G, torch.arange(num_rows, num_rows + len(row_G), device=device))
         others = np.arange(peers.size) != peers.rank
         return cls(
             token_N=choice.token_N,
-            row_G=by_expert_N[go + nowhere],
-            row_O=by_expert_N[stay + nowhere],
+            row_G=row_G,
+            row_O=row_O,
             place_O=place_stay,
             place_H=place_guest,
+            token_G=choice.token_N[row_G],
+            index_M=index_M,
+            place_N=place_N,
+            room=len(row_G) + (nowhere > 0),
             send_R=tuple((sent_RE.sum(axis=1) * others).tolist()),
             recv_R=tuple((recv_RE.sum(axis=1) * others).tolist()),
             rows_A=tuple(recv_AR.sum(axis=1).tolist()),
@@ -74,83 +90,93 @@ class Dispatch:
             peers=peers,
         )
 
-    def send(self, x_TD: Tensor) -> Tensor:
-        """Every token to its experts. -> row_MD, sorted by expert"""
-        row_MD: Tensor = _Send.apply(x_TD, self)  # type: ignore[no-untyped-call]
-        return row_MD
+    def go(self, x_TD: Tensor, weight_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens, with the weights of their choices, to the ranks of their experts. -> rows to pick from, weight_M
 
-    def home(self, out_MD: Tensor, weight_N: Tensor) -> Tensor:
-        """Every result to its token, weighted and summed. -> y_TD, zero for tokens that went nowhere"""
-        y_TD: Tensor = _Home.apply(out_MD, weight_N, self)  # type: ignore[no-untyped-call]
-        return y_TD
+        A token that stays is not copied: index_M finds it where it is.
+        """
+        weight_M = None
+        if weight_N is not None:
+            weight_M = weight_N.new_empty(self.num_rows)
+            weight_M.index_copy_(0, self.place_O, weight_N.index_select(0, self.row_O))
+        if self.peers.group is None:
+            return x_TD, weight_M
+        weight_G = None if weight_N is None else weight_N.index_select(0, self.row_G)
+        leaving_GD = _pack(x_TD.index_select(0, self.token_G), weight_G)
+        guest_HD, weight_H = _unpack(exchange(leaving_GD, self.send_R, self.recv_R, self.peers), weight_N)
+        if weight_M is not None and weight_H is not None:
+            weight_M.index_copy_(0, self.place_H, weight_H)
+        return torch.cat([x_TD, guest_HD]) if len(guest_HD) else x_TD, weight_M
 
+    def come(self, row_XD: Tensor | None, scalar_M: Tensor | None) -> Tensor | None:
+        """What was made of guests goes back, and what other ranks made comes into the room behind the M rows of row_XD.
+        So do the scalars. -> scalar_N, zero for rows that went nowhere"""
+        scalar_N = None
+        if scalar_M is not None:
+            scalar_N = scalar_M.new_zeros(len(self.token_N))
+            scalar_N.index_copy_(0, self.row_O, scalar_M.index_select(0, self.place_O))
+        if self.peers.group is None:
+            if row_XD is not None:
+                row_XD[self.num_rows :].zero_()
+            return scalar_N
+        given = next(tensor for tensor in (row_XD, scalar_M) if tensor is not None)
+        row_HD = given.new_empty(len(self.place_H), 0) if row_XD is None else row_XD.index_select(0, self.place_H)
+        packed_HD = _pack(row_HD, None if scalar_M is None else scalar_M.index_select(0, self.place_H))
+        home_GD, scalar_G = _unpack(exchange(packed_HD, self.recv_R, self.send_R, self.peers), scalar_M)
+        if row_XD is not None:
+            row_XD[self.num_rows : self.num_rows + len(home_GD)] = home_GD
+            row_XD[self.num_rows + len(home_GD) :].zero_()
+        if scalar_N is not None and scalar_G is not None:
+            scalar_N.index_copy_(0, self.row_G, scalar_G)
+        return scalar_N
 
-class _Send(torch.autograd.Function):
-    """forward:   row_m = x_t          for the row m of each choice n = (t, e)
-    backward:  dx_t = sum over n of t of drow_m
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, dispatch: Dispatch) -> Tensor:
-        ctx.dispatch = dispatch
-        return _out(x_TD, dispatch.token_N[dispatch.row_G], dispatch.token_N[dispatch.row_O], dispatch)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, drow_MD: Tensor) -> tuple[Tensor, None]:
-        return _sum_by_token(_back(drow_MD, ctx.dispatch), None, ctx.dispatch).to(drow_MD.dtype), None
-
-
-class _Home(torch.autograd.Function):
-    """forward:   y_t = sum over n of t of w_n out_m
-    backward:  dout_m = w_n dy_t,  dw_n = <dy_t, out_m>
-    """
-
-    @staticmethod
-    def forward(ctx: Any, out_MD: Tensor, weight_N: Tensor, dispatch: Dispatch) -> Tensor:
-        out_ND = _back(out_MD, dispatch)
-        ctx.dispatch = dispatch
-        ctx.save_for_backward(out_ND, weight_N)
-        return _sum_by_token(out_ND, weight_N, dispatch).to(out_MD.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, None]:
-        dispatch: Dispatch = ctx.dispatch
-        out_ND, weight_N = ctx.saved_tensors
-        dy_ND = dy_TD[dispatch.token_N].to(at_least_fp32(dy_TD.dtype))
-        dweight_N = (dy_ND * out_ND).sum(dim=-1).to(weight_N.dtype)
-        dout_ND = (dy_ND * weight_N[:, None]).to(out_ND.dtype)
-        return _out(dout_ND, dispatch.row_G, dispatch.row_O, dispatch), dweight_N, None
-
-
-def _out(source: Tensor, index_G: Tensor, index_O: Tensor, dispatch: Dispatch) -> Tensor:
-    guest_HD = exchange(source.index_select(0, index_G), dispatch.send_R, dispatch.recv_R, dispatch.peers)
-    row_MD = source.new_empty(dispatch.num_rows, source.shape[1])
-    row_MD.index_copy_(0, dispatch.place_O, source.index_select(0, index_O))
-    return row_MD.index_copy_(0, dispatch.place_H, guest_HD)
+    def total(self, row_XD: Tensor, weight_N: Tensor | None) -> Tensor:
+        """The (weighted) rows of each token, added in fp32 or better in the order they were chosen: the same to the bit
+        whichever rank computed them. -> y_TD, zero for tokens that went nowhere"""
+        if self.top_k is None or not self.token_N.numel():
+            row_ND = row_XD.index_select(0, self.place_N).to(at_least_fp32(row_XD.dtype))
+            sum_TD = row_ND.new_zeros(self.num_tokens, row_XD.shape[1])
+            row_ND = row_ND if weight_N is None else row_ND * weight_N[:, None]
+            return sum_TD.index_add_(0, self.token_N, row_ND).to(row_XD.dtype)
+        place_TK = self.place_N.view(-1, self.top_k)
+        weight_TK = None if weight_N is None else weight_N.view(-1, self.top_k)
+        if weight_TK is None or weight_TK.dtype == row_XD.dtype:
+            return F.embedding_bag(place_TK, row_XD, per_sample_weights=weight_TK, mode="sum")
+        return _weighted_total(row_XD, place_TK, weight_TK)
 
 
-def _back(row_MD: Tensor, dispatch: Dispatch) -> Tensor:
-    """Rows that went nowhere are zero."""
-    guest_HD = row_MD.index_select(0, dispatch.place_H)
-    home_GD = exchange(guest_HD, dispatch.recv_R, dispatch.send_R, dispatch.peers)
-    row_ND = row_MD.new_zeros(len(dispatch.token_N), row_MD.shape[1])
-    row_ND.index_copy_(0, dispatch.row_O, row_MD.index_select(0, dispatch.place_O))
-    return row_ND.index_copy_(0, dispatch.row_G, home_GD)
+def _weighted_total(row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """sum over k of weight_tk row_tk where the weights are wider than the rows. On a CPU so few tokens at a time that
+    their sums stay in the cache."""
+    y_TD = row_XD.new_empty(len(place_TK), row_XD.shape[1])
+    step = 256 if row_XD.device.type == "cpu" else max(len(place_TK), 1)
+    for start in range(0, len(place_TK), step):
+        tokens = slice(start, start + step)
+        terms = [
+            (row_XD.index_select(0, place_T).to(weight_TK.dtype), weight_T[:, None])
+            for place_T, weight_T in zip(place_TK[tokens].unbind(1), weight_TK[tokens].unbind(1))
+        ]
+        sum_TD = terms[0][0].mul_(terms[0][1])
+        for row_TD, weight_T1 in terms[1:]:
+            sum_TD.addcmul_(row_TD, weight_T1)
+        y_TD[tokens] = sum_TD
+    return y_TD
 
 
-def _sum_by_token(row_ND: Tensor, weight_N: Tensor | None, dispatch: Dispatch) -> Tensor:
-    """The (weighted) rows of each token, added in fp32 or better in the order they were chosen: the same to the bit
-    whichever rank computed them."""
-    sum_TD = row_ND.new_zeros(dispatch.num_tokens, row_ND.shape[1], dtype=at_least_fp32(row_ND.dtype))
-    if dispatch.top_k is None:
-        row_ND = row_ND.to(sum_TD.dtype) if weight_N is None else row_ND * weight_N[:, None]
-        return sum_TD.index_add_(0, dispatch.token_N, row_ND)
-    for choice in range(dispatch.top_k):
-        row_TD = row_ND[choice :: dispatch.top_k]
-        sum_TD += row_TD if weight_N is None else row_TD * weight_N[choice :: dispatch.top_k, None]
-    return sum_TD
+def _pack(row_GD: Tensor, scalar_G: Tensor | None) -> Tensor:
+    """Rows, and a scalar each which may be wider than they are, as one message."""
+    if scalar_G is None:
+        return row_GD
+    return torch.cat([row_GD, scalar_G[:, None].view(row_GD.dtype)], dim=1)
+
+
+def _unpack(packed_GD: Tensor, scalar: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """-> rows, and the scalars if such were packed"""
+    if scalar is None:
+        return packed_GD, None
+    width = packed_GD.shape[1] - scalar.itemsize // packed_GD.itemsize
+    scalar_G1 = packed_GD[:, width:].clone(memory_format=torch.contiguous_format).view(scalar.dtype)
+    return packed_GD[:, :width], scalar_G1.squeeze(1)
 
 
 def upload(arrays: Sequence[Sequence[int] | IntArray], device: torch.device) -> list[Tensor]:
@@ -196,6 +222,6 @@ def _spread(segments: Sequence[tuple[IntArray, IntArray]], device: torch.device)
     shift_and_length = upload(tables, device)
     totals = [int(length.sum()) for _, length in segments]
     return [
-        shift.repeat_interleave(length, output_size=total) + torch.arange(total, device=device)
+        shift.repeat_interleave(length, output_size=total) + torch.arange(total, device=device) if total else length
         for shift, length, total in zip(shift_and_length[::2], shift_and_length[1::2], totals)
     ]

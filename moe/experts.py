@@ -3,123 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.dispatch import upload
-
-
-class Activation(Protocol):
-    @property
-    def fan(self) -> int:
-        """How many times as wide as its output its input is."""
-
-    def __call__(self, h_MF: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class SwiGLU:
-    """silu(gate) * up. The first half of the columns is the gate, the second half is up."""
-
-    fan: int = 2
-
-    def __call__(self, h_MF: Tensor) -> Tensor:
-        gate_MF, up_MF = h_MF.chunk(2, dim=-1)
-        return F.silu(gate_MF) * up_MF
-
-
-@dataclass(frozen=True, kw_only=True)
-class GELU:
-    fan: int = 1
-
-    def __call__(self, h_MF: Tensor) -> Tensor:
-        return F.gelu(h_MF)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReLU2:
-    """relu(h) ** 2"""
-
-    fan: int = 1
-
-    def __call__(self, h_MF: Tensor) -> Tensor:
-        return F.relu(h_MF).square()
-
-
-class Stack(NamedTuple):
-    """The weights of some experts. up_AHD: [A, fan * hidden, dim]; down_ADF: [A, dim, hidden]; biases may be None."""
-
-    up: Tensor
-    down: Tensor
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-
-
-class Compute(Protocol):
-    def __call__(self, row_MD: Tensor, rows_A: Sequence[int], stack: Stack, activation: Activation) -> Tensor:
-        """row_MD sorted by expert, rows_A of them for each expert of the stack -> out_MD"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loop:
-    """One pair of matmuls an expert. Any type; best when experts have many rows."""
-
-    def __call__(self, row_MD: Tensor, rows_A: Sequence[int], stack: Stack, activation: Activation) -> Tensor:
-        outs = []
-        # unbind, not stack.up[a]: the gradient of each index would be a full stack of zeros.
-        parts = zip(torch.split(row_MD, list(rows_A)), *(_each(weight, len(rows_A)) for weight in stack), strict=True)
-        for row, up, down, up_bias, down_bias in parts:
-            assert up is not None
-            assert down is not None
-            outs.append(F.linear(activation(F.linear(row, up, up_bias)), down, down_bias))
-        return torch.cat(outs) if outs else row_MD.clone()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grouped:
-    """One grouped matmul for all experts; best when experts have few rows, and on recent GPUs always.
-
-    torch's kernel takes fp32, bf16 and fp16, and widths that are a multiple of 16 bytes.
-    """
-
-    def takes(self, stack: Stack) -> bool:
-        dtype, widths = stack.up.dtype, (stack.up.shape[2], stack.down.shape[2])
-        return dtype in (torch.float32, torch.bfloat16, torch.float16) and not any(
-            width * dtype.itemsize % 16 for width in widths
-        )
-
-    def __call__(self, row_MD: Tensor, rows_A: Sequence[int], stack: Stack, activation: Activation) -> Tensor:
-        if not self.takes(stack):
-            raise ValueError(
-                f"a grouped matmul takes fp32, bf16 or fp16 and widths of a multiple of 16 bytes; got "
-                f"{stack.up.dtype}, dim {stack.up.shape[2]}, hidden {stack.down.shape[2]}; use Fastest() or Loop()"
-            )
-        row_A = upload([rows_A], row_MD.device)[0]
-        offset_A = row_A.cumsum(0).to(torch.int32)
-        h_MF = _grouped(row_MD, stack.up, stack.up_bias, row_A, offset_A)
-        return _grouped(activation(h_MF), stack.down, stack.down_bias, row_A, offset_A)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fastest:
-    """Grouped below `crossover` rows an expert and on GPUs, Loop above and wherever Grouped cannot run.
-
-    Measured by scripts/bench/experts.py on a CPU: forward and backward together, Grouped takes 0.6-0.8 of Loop's time
-    at 8 to 32 rows an expert, 0.9-1.0 at 128, 1.0-1.1 at 256. Forward alone it gains nothing and loses up to a quarter
-    at 256 rows: for inference on a CPU use Loop(). (Not chosen by grad mode: a recomputation must repeat its forward.)
-    """
-
-    crossover: int = 256
-
-    def __call__(self, row_MD: Tensor, rows_A: Sequence[int], stack: Stack, activation: Activation) -> Tensor:
-        few = len(row_MD) < self.crossover * len(rows_A)
-        fits = len(row_MD) > 0 and Grouped().takes(stack)
-        grouped = fits and (few if row_MD.device.type == "cpu" else stack.up.dtype == torch.bfloat16)
-        return (Grouped() if grouped else Loop())(row_MD, rows_A, stack, activation)
+from moe.activation import Activation, SwiGLU
+from moe.compute import Compute, Fastest, Stack
+from moe.visit import Trip, visit
 
 
 class Experts(nn.Module):
@@ -190,24 +80,11 @@ class Experts(nn.Module):
     def stack(self) -> Stack:
         return Stack(self.up, self.down, self.up_bias, self.down_bias)
 
-    def forward(self, row_MD: Tensor, rows_A: Sequence[int], own: Stack, visiting: Stack) -> Tensor:
-        """row_MD: the rows of each own expert, then of each visiting one, rows_A of them each. -> out_MD"""
-        dtype = compute_dtype(row_MD)
-        row_MD = row_MD.to(dtype)
-        if not rows_A:
-            return self._idle(row_MD, _cast(own, dtype))
-        num_own = len(own.up)
-        row_own, row_visiting = torch.split(row_MD, [sum(rows_A[:num_own]), sum(rows_A[num_own:])])
-        out_own = self.compute(row_own, rows_A[:num_own], _cast(own, dtype), self.activation)
-        if len(visiting.up) == 0:
-            return out_own
-        out_visiting = self.compute(row_visiting, rows_A[num_own:], _cast(visiting, dtype), self.activation)
-        return torch.cat([out_own, out_visiting])
-
-    def _idle(self, row_MD: Tensor, own: Stack) -> Tensor:
-        """No expert and no row, but every weight in the graph: in backward, other ranks wait for this one to `lend`."""
-        up_bias, down_bias = (None if bias is None else bias.sum(0) for bias in own[2:])
-        return F.linear(self.activation(F.linear(row_MD, own.up.sum(0), up_bias)), own.down.sum(0), down_bias)
+    def forward(self, x_TD: Tensor, weight_N: Tensor | None, trip: Trip, own: Stack, visiting: Stack) -> Tensor:
+        """Tokens to the experts, by whatever way, and the weighted sum of the results back. -> y_TD"""
+        dtype = compute_dtype(x_TD)
+        own, visiting = _cast(own, dtype), _cast(visiting, dtype)
+        return visit(x_TD.to(dtype), weight_N, trip, own, visiting, self.compute, self.activation)
 
     def extra_repr(self) -> str:
         return f"experts {list(self.expert_ids)}, {self.up.shape[2]} -> {self.down.shape[2]}, {self.activation}"
@@ -234,17 +111,6 @@ class Shared(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         y_TD: Tensor = self.down(self.activation(self.up(x_TD)))
         return y_TD
-
-
-def _each(weight: Tensor | None, count: int) -> Sequence[Tensor | None]:
-    return (None,) * count if weight is None else weight.unbind(0)
-
-
-def _grouped(row_MD: Tensor, weight: Tensor, bias: Tensor | None, row_A: Tensor, offset_A: Tensor) -> Tensor:
-    out_MF = F.grouped_mm(row_MD, weight.transpose(1, 2), offs=offset_A)
-    if bias is not None:
-        out_MF = out_MF + bias.repeat_interleave(row_A, dim=0, output_size=len(row_MD))
-    return out_MF
 
 
 def compute_dtype(row_MD: Tensor) -> torch.dtype:

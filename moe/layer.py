@@ -15,9 +15,10 @@ from moe.batch import Batch, header, problem_of, raise_alike
 from moe.broadcast import keep_from_broadcast
 from moe.census import Pool
 from moe.comm import Group, Peers, gather_counts, lend, tie, visitors
+from moe.compute import Stack
 from moe.config import MoEConfig
 from moe.dispatch import Dispatch, upload
-from moe.experts import Experts, Shared, Stack, compute_dtype
+from moe.experts import Experts, Shared
 from moe.levy import Levies, Slip
 from moe.recompute import Replays
 from placement import Placement, RoundRobin, Topology
@@ -107,9 +108,8 @@ class MoE(nn.Module):
         self._replays.keep(step)
 
         own, visiting = self._weights(step.loans)
-        row_MD = step.dispatch.send(_joining_in(batch.x_TD, step.grad_wanted).to(compute_dtype(batch.x_TD)))
-        out_MD = self.experts(row_MD, step.dispatch.rows_A, own, visiting)
-        y_TD = step.dispatch.home(out_MD, choice.weight_N)
+        x_TD = _joining_in(batch.x_TD, step.grad_wanted)
+        y_TD: Tensor = self.experts(x_TD, choice.weight_N, step.dispatch, own, visiting)
         if self.shared is not None:
             y_TD = y_TD + self._shared(self.shared, batch.x_TD, batch.valid_T)
         if step.slip is not None:

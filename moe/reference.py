@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.experts import Activation
+from moe.activation import Activation
 from routing import Choice
 
 

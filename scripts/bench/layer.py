@@ -1,20 +1,22 @@
 """Claim: with hot experts, a least-loaded layer is faster than one at home and keeps less on the busiest rank.
 
-    python -m scripts.bench.layer [--tokens 2048] [--rounds 5]
+    python -m scripts.bench.layer [--ranks 2] [--loads 95:4 zipf] [--types float32] [--tokens 2048] [--rounds 5]
 
-Two gloo processes of one thread each, a layer of 16 experts, top-4, dim 512, hidden 1024. A share of the tokens chooses
-4 hot experts, all distinct and all at home on rank 0, the rest chooses at random. The ceiling is at-home's peak/mean:
-what perfect balance at no cost would gain. CPU: the CPU seconds of the busiest rank, which other work on the machine
-disturbs less than the wall time. "again" is the at-home layer a second time: the noise of this run.
+gloo processes of one thread each, a layer of 16 experts, top-4, dim 512, hidden 1024, over the streams of choices of
+scripts/bench/loads.py. The ceiling is at-home's peak/mean: what perfect balance at no cost would gain. CPU: the CPU
+seconds of the busiest rank, which other work on the machine disturbs less than the wall time. Peak: the most bytes of
+tensors that were alive at once on the busiest rank in a step. "again" is the at-home layer a second time: the noise of
+this run. Four processes do not fit two cores: there the CPU columns alone mean something.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,113 +25,178 @@ from torch import Tensor
 from moe import MoE, MoEConfig, World
 from moe.comm import world_group
 from placement import Placement
-from routing import Assigner, Assignment, AtHome, LeastLoaded, Rows, Tokens, TopK
-from routing.select import token_major
-from scripts.bench.table import median_ratio, rounds, show
+from routing import Assigner, Assignment, AtHome, LeastLoaded, Rows, Tokens, TopK, token_major
+from scripts.bench.loads import LOADS, Case
+from scripts.bench.table import against, finish, median_ratio, parser, rounds, show
 
-CONFIG = MoEConfig(dim=512, hidden=1024, num_experts=16, top_k=4)
-HOT = 4
+TOP_K = 4
+CONFIG = MoEConfig(dim=512, hidden=1024, num_experts=16, top_k=TOP_K)
 CANDIDATES: dict[str, Assigner] = {
     "at home": AtHome(),
     "again": AtHome(),
     "least-loaded": LeastLoaded(headroom=1.0, min_chunk=64),
 }
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class HotSet(TopK):
-    """A share of the tokens takes the HOT first experts, each once; the others any top_k, all alike likely."""
+class Told(TopK):
+    """Every token takes what it is told: the first of the list."""
 
-    share: float = 0.0
+    expert_STK: list[Tensor]
 
     def __call__(self, priced_TE: Tensor, top_k: int, tokens: Tokens) -> Rows:
-        num_tokens, num_experts = priced_TE.shape
-        generator = torch.Generator().manual_seed(dist.get_rank())
-        expert_TK = torch.rand(num_tokens, num_experts, generator=generator).topk(top_k, dim=-1).indices
-        expert_TK[: int(num_tokens * self.share)] = torch.arange(HOT)
-        return token_major(expert_TK)
+        return token_major(self.expert_STK[0])
+
+
+class Bench:
+    """One load on this rank: a layer of each candidate, and the tokens and choices of each step."""
+
+    def __init__(self, name: str, dtype: torch.dtype, case: Case) -> None:
+        self.expert_STK = LOADS[name].choices(case, dist.get_rank())
+        self.told: list[Tensor] = [self.expert_STK[0]]
+        self.x_STD = [torch.randn(len(expert_TK), CONFIG.dim, dtype=dtype) for expert_TK in self.expert_STK]
+        self.layers = {who: self.build(assigner, dtype, case) for who, assigner in CANDIDATES.items()}
+
+    def build(self, assigner: Assigner, dtype: torch.dtype, case: Case) -> MoE:
+        torch.manual_seed(0)
+        placement = Placement(expert_RS=torch.arange(case.experts).view(case.ranks, -1).numpy())
+        config = replace(CONFIG, assigner=assigner, select=Told(expert_STK=self.told))
+        return MoE(config, world_group(), placement, dtype=dtype)
+
+    def steps(self, layer: MoE, backward: bool) -> list[Tensor]:
+        """All steps of the load once."""
+        layer.zero_grad(set_to_none=True)
+        outs = []
+        for x_TD, expert_TK in zip(self.x_STD, self.expert_STK, strict=True):
+            self.told[0] = expert_TK
+            with torch.set_grad_enabled(backward):
+                y_TD = layer(x_TD.requires_grad_(backward))
+            if backward:
+                y_TD.backward(torch.ones_like(y_TD))
+            outs.append(y_TD.detach())
+        return outs
+
+    def timed(self, layer: MoE, backward: bool, cpu: list[float]) -> Callable[[], float]:
+        """Seconds from when all ranks begin to when the last has ended; the busiest rank's CPU seconds go to cpu."""
+
+        def once() -> float:
+            dist.barrier()
+            start, start_cpu = time.perf_counter(), time.process_time()
+            self.steps(layer, backward)
+            wall, own_cpu = time.perf_counter() - start, time.process_time() - start_cpu
+            cpu.append(busiest(own_cpu))
+            return busiest(wall)
+
+        return once
+
+    def plans(self, layer: MoE) -> list[Assignment]:
+        plans: list[Assignment] = []
+        handle = layer.observe(lambda choice, assignment: plans.append(assignment))
+        outs = self.steps(layer, False)
+        handle.remove()
+        assert all(out.isfinite().all() for out in outs)
+        return plans
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048, help="of each rank")
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    rows = []
-    with World(2, timeout=timedelta(minutes=10)) as world:
-        for dtype in (torch.float32, torch.bfloat16):
-            for share in (0.0, 0.5, 0.8, 0.95):
-                seen = world.run(measure, share, dtype, arguments.tokens, arguments.rounds)[0]
-                name = "balanced" if share == 0 else f"{share:.0%} into {HOT}"
-                rows.append([str(dtype).removeprefix("torch."), name, *seen])
-    heads = ["type", "workload", "peak/mean (ceiling)", "visits"]
-    for what in ("forward", "forward + backward"):
-        heads += [f"{what}, wall: speed-up", "(again)", f"{what}, CPU: speed-up", "(again)"]
-    heads.append("saved bytes, busiest rank: × at home")
-    show(f"Least-loaded against at home, 2 processes, {arguments.tokens} tokens a rank", heads, rows)
+    arguments = parser(__doc__)
+    arguments.add_argument("--ranks", type=int, default=2)
+    arguments.add_argument(
+        "--loads", nargs="+", choices=[*LOADS], default=[*LOADS], metavar="LOAD", help=", ".join(LOADS)
+    )
+    arguments.add_argument("--types", nargs="+", choices=[*TYPES], default=["float32"])
+    arguments.add_argument("--tokens", type=int, default=2048, help="of each rank")
+    arguments.add_argument("--rounds", type=int, default=5)
+    given = arguments.parse_args()
+    case = Case(ranks=given.ranks, experts=CONFIG.num_experts, top_k=TOP_K, tokens=given.tokens)
+    with World(given.ranks, timeout=timedelta(minutes=20)) as world:
+        measured = [
+            [f"ep{given.ranks}-{name}", kind, *world.run(measure, name, TYPES[kind], case, given.rounds)[0]]
+            for kind in given.types
+            for name in given.loads
+        ]
+    tables(measured, given)
+    finish(given)
 
 
-def measure(share: float, dtype: torch.dtype, num_tokens: int, count: int) -> list[object]:
-    layers = {name: build(assigner, share, dtype) for name, assigner in CANDIDATES.items()}
-    x = torch.randn(num_tokens, CONFIG.dim, dtype=dtype)
-    plans: list[Assignment] = []
-    handles = [layer.observe(lambda choice, assignment: plans.append(assignment)) for layer in layers.values()]
-    for layer in layers.values():
-        layer(x)
-    for handle in handles:
-        handle.remove()
-    home_R = plans[0].load_R
-    visits = len(plans[-1].loans(layers["least-loaded"].placement))
-    answer: list[object] = [float(home_R.max() / home_R.mean()), visits]
+def tables(measured: Sequence[Sequence[object]], given: argparse.Namespace) -> None:
+    heads = ["load", "type", "ceiling", "visits", "rows that leave: at home, least-loaded"]
+    what = f"Least-loaded against at home, {given.ranks} processes, {given.tokens} tokens a rank"
+    times = [
+        f"{kind}: {clock}"
+        for kind in ("forward", "forward + backward")
+        for clock in ("wall", "(again)", "CPU", "(again)")
+    ]
+    show(f"{what}: times faster", [*heads, *times, "share of the ceiling (CPU)"], [row[:14] for row in measured])
+    show(
+        f"{what}: memory of the busiest rank, × at home",
+        ["load", "type", "peak", "kept"],
+        [[*row[:2], *row[14:]] for row in measured],
+    )
+
+
+def measure(name: str, dtype: torch.dtype, case: Case, count: int) -> list[object]:
+    bench = Bench(name, dtype, case)
+    plans = {who: bench.plans(layer) for who, layer in bench.layers.items()}
+    ceiling = sum(plan.load_R.max() for plan in plans["at home"]) / sum(plan.load_R.mean() for plan in plans["at home"])
+    loaned = bench.layers["least-loaded"].placement
+    visits = sum(len(plan.loans(loaned)) for plan in plans["least-loaded"]) / len(plans["least-loaded"])
+    leave = ", ".join(f"{share_leaving(plans[who]):.2f}" for who in ("at home", "least-loaded"))
+    answer: list[object] = [float(ceiling), round(visits, 1), leave]
+    gain = 1.0
     for backward in (False, True):
-        cpu: dict[str, list[float]] = {name: [] for name in layers}
-        wall = rounds({name: timed(layer, x, backward, cpu[name]) for name, layer in layers.items()}, count)
-        for seconds in (wall, {name: samples[1:] for name, samples in cpu.items()}):
-            answer += [1 / median_ratio(seconds[name], seconds["at home"]) for name in ("least-loaded", "again")]
-    saved = {name: busiest(saved_bytes(layer, x)) for name, layer in layers.items()}
-    return [*answer, saved["least-loaded"] / saved["at home"]]
+        cpu: dict[str, list[float]] = {who: [] for who in bench.layers}
+        timed = {who: bench.timed(layer, backward, cpu[who]) for who, layer in bench.layers.items()}
+        for seconds in (rounds(timed, count), {who: samples[1:] for who, samples in cpu.items()}):
+            gain, again = (1 / median_ratio(seconds[who], seconds["at home"]) for who in ("least-loaded", "again"))
+            answer += [against(gain, again), again]
+    peak, kept = (
+        {who: busiest(what(partial(bench.steps, layer, True))) for who, layer in bench.layers.items() if who != "again"}
+        for what in (peak_bytes, kept_bytes)
+    )
+    return [
+        *answer,
+        gain / float(ceiling),
+        *(bytes_of["least-loaded"] / bytes_of["at home"] for bytes_of in (peak, kept)),
+    ]
 
 
-def build(assigner: Assigner, share: float, dtype: torch.dtype) -> MoE:
-    """The hot experts, 0 to 3, share rank 0."""
-    torch.manual_seed(0)
-    placement = Placement(expert_RS=torch.arange(CONFIG.num_experts).view(2, -1).numpy())
-    return MoE(replace(CONFIG, assigner=assigner, select=HotSet(share=share)), world_group(), placement, dtype=dtype)
+def share_leaving(plans: Sequence[Assignment]) -> float:
+    """Of all rows, those that another rank computes than the one that chose them."""
+    stay = sum(int(plan.sent_by(rank)[rank].sum()) for plan in plans for rank in range(len(plan.count_RE)))
+    rows = sum(int(plan.count_RE.sum()) for plan in plans)
+    return 1 - stay / rows
 
 
-def timed(layer: MoE, x: Tensor, backward: bool, cpu: list[float]) -> Callable[[], float]:
-    """The seconds from when all ranks begin to when the last has ended; the busiest rank's CPU seconds go to cpu."""
-
-    def once() -> float:
-        layer.zero_grad(set_to_none=True)
-        dist.barrier()
-        start, start_cpu = time.perf_counter(), time.process_time()
-        with torch.set_grad_enabled(backward):
-            y = layer(x.requires_grad_(backward))
-        if backward:
-            y.backward(torch.ones_like(y))
-        wall, own_cpu = time.perf_counter() - start, time.process_time() - start_cpu
-        cpu.append(busiest(own_cpu))
-        return busiest(wall)
-
-    return once
+def peak_bytes(run: Callable[[], object]) -> float:
+    """The most bytes of tensors alive at once, beyond those that were alive before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return float(peak)
 
 
-def saved_bytes(layer: MoE, x: Tensor) -> float:
-    """What autograd keeps from forward to backward, each storage once, parameters left out."""
-    kept: dict[int, int] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+def kept_bytes(run: Callable[[], object]) -> float:
+    """What autograd keeps from forward to backward, each storage once a step, parameters included alike."""
+    kept = 0
+    seen: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if not isinstance(tensor, torch.nn.Parameter) and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            kept += storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(x.requires_grad_())
-    del y
-    return float(sum(kept.values()))
+        run()
+    return float(kept)
 
 
 def busiest(value: float) -> float:

@@ -1,14 +1,27 @@
-"""How every benchmark measures and prints: candidates in turn, round after round; ratios; the machine above."""
+"""How every benchmark measures and prints: candidates in turn, round after round; ratios; the machine above.
+
+Every table is Markdown as it stands, and with `--json FILE` the whole run is one JSON besides: machine, arguments,
+tables, and each candidate's seconds in each round.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from scripts.bench.foreign import Foreign
+
+ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+_run: dict[str, Any] = {"samples": [], "tables": []}
+_foreign = Foreign()
 
 
 def machine() -> str:
@@ -24,6 +37,13 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {device}; torch {torch.__version__}, python {platform.python_version()}"
 
 
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Of every benchmark: its docstring, and where the JSON goes."""
+    arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--json", type=Path, metavar="FILE", help="write the whole run here too")
+    return arguments
+
+
 def rounds(candidates: Mapping[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
     """Each candidate once a round, so that a slow moment hits all alike; the first round warms up and is dropped."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -32,6 +52,7 @@ def rounds(candidates: Mapping[str, Callable[[], float]], count: int) -> dict[st
             taken = candidate()
             if turn:
                 seconds[name].append(taken)
+    _run["samples"].append(seconds)
     return seconds
 
 
@@ -40,10 +61,31 @@ def median_ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(own / other for own, other in zip(seconds, base, strict=True))
 
 
+def against(ratio: float, noise: float) -> str:
+    """A ratio, marked where it lies within what two identical candidates of this run differ by."""
+    return f"{'≈' if abs(ratio - 1) <= abs(noise - 1) else ''}{ratio:.2f}"
+
+
 def show(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table that is Markdown as it stands."""
-    print(f"\n### {title}\n\n{machine()}\n")
+    """A table that is Markdown as it stands. Above it the machine, and how busy other programs kept it."""
+    busy = _foreign.read()
+    tuned = ", ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ)
+    note = f"Other programs took {busy:.0%} of the CPUs. Allocator: {tuned or 'as glibc has it'}."
+    print(f"\n### {title}\n\n{machine()}. {note}\n")
     print("| " + " | ".join(heads) + " |")
     print("|" + "-|" * len(heads))
     for row in rows:
         print("| " + " | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+    print(end="", flush=True)
+    _run["tables"].append({"title": title, "foreign_cpu": busy, "heads": list(heads), "rows": [list(r) for r in rows]})
+
+
+def finish(arguments: argparse.Namespace) -> None:
+    """Write the JSON, if one was asked for."""
+    if arguments.json is None:
+        return
+    given = {name: str(value) for name, value in vars(arguments).items() if name != "json"}
+    flags = {name: os.environ[name] for name in (*ALLOCATOR, "OMP_NUM_THREADS") if name in os.environ}
+    whole = {"machine": machine(), "arguments": given, "environment": flags, **_run}
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(whole, default=str) + "\n")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
-from moe.experts import Stack
+from moe.compute import Stack
+from moe.visit import Stay
 
 pytestmark = pytest.mark.fast
 EMPTY = Stack(torch.zeros(0, 16, 8), torch.zeros(0, 8, 8), None, None)
@@ -39,7 +40,10 @@ def test_every_compute_equals_the_literal_loop(compute: Any, activation: Any, ro
     experts = Experts(8, 8, range(len(rows_A)), activation=activation, bias=bias, compute=compute)
     row = torch.randn(sum(rows_A), 8)
     grads = []
-    for run in (lambda x: experts(x, rows_A, experts.stack(), EMPTY), lambda x: literal(experts, x, rows_A)):
+    for run in (
+        lambda x: experts(x, None, Stay(rows_A=tuple(rows_A)), experts.stack(), EMPTY),
+        lambda x: literal(experts, x, rows_A),
+    ):
         experts.zero_grad(set_to_none=False)
         x = row.clone().requires_grad_()
         out = run(x)
@@ -54,9 +58,9 @@ def test_grouped_refuses_what_it_cannot_compute_and_fastest_does_it_another_way(
     experts = Experts(6, 8, [0], compute=Grouped(), dtype=torch.float64)
     x = torch.randn(3, 6, dtype=torch.float64)
     with pytest.raises(ValueError, match="float64, dim 6, hidden 8"):
-        experts(x, [3], experts.stack(), EMPTY)
+        experts(x, None, Stay(rows_A=(3,)), experts.stack(), EMPTY)
     experts.compute = Fastest()
-    assert experts(x, [3], experts.stack(), EMPTY).shape == (3, 6)
+    assert experts(x, None, Stay(rows_A=(3,)), experts.stack(), EMPTY).shape == (3, 6)
 
 
 def test_visitors_compute_after_the_experts_at_home() -> None:
@@ -65,7 +69,9 @@ def test_visitors_compute_after_the_experts_at_home() -> None:
     one = Stack(all_three.up[:1], all_three.down[:1], None, None)
     two = Stack(all_three.up[1:], all_three.down[1:], None, None)
     x = torch.randn(6, 8)
-    torch.testing.assert_close(all_three(x, [1, 2, 3], one, two), all_three(x, [1, 2, 3], all_three.stack(), EMPTY))
+    stay = Stay(rows_A=(1, 2, 3))
+    apart, together = all_three(x, None, stay, one, two), all_three(x, None, stay, all_three.stack(), EMPTY)
+    torch.testing.assert_close(apart, together)
 
 
 @pytest.mark.parametrize("compute", [Loop(), Grouped()], ids=str)
@@ -74,7 +80,7 @@ def test_nan_in_an_expert_without_rows_stays_there(compute: Any) -> None:
     with torch.no_grad():
         experts.up[1] = float("nan")
     x = torch.randn(4, 8, requires_grad=True)
-    out = experts(x, [4, 0], experts.stack(), EMPTY)
+    out = experts(x, None, Stay(rows_A=(4, 0)), experts.stack(), EMPTY)
     out.square().sum().backward()
     assert out.isfinite().all()
     assert x.grad is not None

@@ -102,19 +102,20 @@ def test_the_comparison_sees_a_gradient_that_is_no_number(world: Worlds) -> None
 
 
 def _with_nan() -> Seen:
-    from moe.dispatch import _Home
+    from moe.visit import _Visit
 
-    real = _Home.backward
+    real = _Visit.backward
 
     def poisoned(ctx: Any, dy_TD: torch.Tensor) -> Any:
-        dout_MD, dweight_N, none = real(ctx, dy_TD)
-        return dout_MD, dweight_N * float("nan"), none
+        none, dx_TD, dweight_N, *grads = real(ctx, dy_TD)
+        assert dweight_N is not None
+        return none, dx_TD, dweight_N * float("nan"), *grads
 
-    _Home.backward = staticmethod(poisoned)  # type: ignore[assignment,method-assign]
+    _Visit.backward = staticmethod(poisoned)  # type: ignore[assignment,method-assign]
     try:
         return against_reference(config(), (8,))
     finally:
-        _Home.backward = staticmethod(real)  # type: ignore[method-assign]
+        _Visit.backward = staticmethod(real)  # type: ignore[method-assign]
 
 
 def test_padding_is_neither_routed_nor_counted(world: Worlds) -> None:

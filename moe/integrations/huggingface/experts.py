@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from moe.experts import Compute, Experts, Fastest, Stack
+from moe.compute import Compute, Fastest, Stack
+from moe.experts import Experts
 
 MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
 

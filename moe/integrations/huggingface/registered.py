@@ -12,9 +12,11 @@ import transformers
 from torch import Tensor, nn
 
 from moe.comm import Peers
+from moe.compute import Fastest, Stack
 from moe.dispatch import Dispatch
-from moe.experts import Fastest, Stack, compute_dtype
+from moe.experts import compute_dtype
 from moe.integrations.huggingface.experts import HostGate, layout, names_of, problem_with, sizes_of
+from moe.visit import visit
 from routing import NOWHERE, Assignment, Choice, token_major
 
 NAME = "evenmoe"
@@ -48,8 +50,9 @@ def experts_forward(host: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     )
     stack = Stack._make(None if weight is None else weight.to(dtype) for weight in whole)
     gate = HostGate(experts=host, fan=2 if host.has_gate else 1)
-    out_MD = Fastest()(dispatch.send(hidden_states.to(dtype)), dispatch.rows_A, stack, gate)
-    return dispatch.home(out_MD, choice.weight_N).to(hidden_states.dtype)
+    none = Stack._make(None if weight is None else weight.detach()[:0] for weight in stack)
+    y_TD = visit(hidden_states.to(dtype), choice.weight_N, dispatch, stack, none, Fastest(), gate)
+    return y_TD.to(hidden_states.dtype)
 
 
 def _choice(expert_TK: Tensor, weight_TK: Tensor, num_experts: int) -> Choice:
