@@ -32,6 +32,7 @@ class HostRouter(Router):
         self.to_empty(device=device)
         self.reset_parameters()
         self.heard: Choice | None = None
+        self.valid_T: Tensor | None = None  # see leave_padding_out
         self._answer: Rows | None = None
         self._ears: list[_Ear] = []
         self._replays: Replays[Rows] = Replays()
@@ -91,11 +92,11 @@ class HostRouter(Router):
         if rows is None or torch._C._len_torch_dispatch_stack():
             with torch.no_grad():
                 self._answer = token_major(topk(*args, **kwargs).indices)
-        self.heard = self(score_TE, rows=rows)
+        self.heard = self(score_TE, self.valid_T, rows)
         self._answer = None
         self._replays.keep(Rows(self.heard.token_N, self.heard.expert_N, self.heard.top_k))
         # Always a gather, as a recomputation must save what the first forward saved.
-        expert_TK = self.heard.expert_TK
+        expert_TK = self.heard.expert_TK.clamp(min=0)  # the host has no word for nowhere; `told` takes padding out
         return torch.return_types.topk((score_TE.gather(1, expert_TK), expert_TK))
 
     def told(self, expert_TK: Tensor, weight_TK: Tensor, rows: Rows | None) -> Choice:
@@ -106,6 +107,13 @@ class HostRouter(Router):
         if rows is None:
             rows = token_major(expert_TK.to(torch.int64))
             rows = rows._replace(expert_N=rows.expert_N.where(rows.expert_N < num_experts, NOWHERE))
+            if self.valid_T is not None:
+                if len(self.valid_T) != len(expert_TK):
+                    raise ValueError(
+                        f"the attention mask tells of {len(self.valid_T)} tokens, this block was given "
+                        f"{len(expert_TK)}; call remove() on what leave_padding_out returned"
+                    )
+                rows = rows._replace(expert_N=rows.expert_N.where(self.valid_T[rows.token_N], NOWHERE))
         if heard is None:
             if not isinstance(self.balancer, Unpriced):
                 raise ValueError(
@@ -113,7 +121,7 @@ class HostRouter(Router):
                     f"{self.top_k} over {num_experts} experts; use balancer=None"
                 )
             unknown_TE = weight_TK.new_zeros(1, 1, dtype=torch.float32).expand(len(expert_TK), num_experts)
-            heard = self.forward(unknown_TE, rows=rows)  # no call: there is nothing that hooks could replay
+            heard = self.forward(unknown_TE, self.valid_T, rows)  # no call: there is nothing that hooks could replay
         weight_N = weight_TK.reshape(-1)
         return replace(
             heard,
