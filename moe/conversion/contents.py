@@ -16,7 +16,8 @@ from moe.conversion.mapped import Kept
 from moe.conversion.place import OF_EXPERTS, Piece, Place, Shape
 
 File = Mapping[str, Kept]
-STATISTICS = re.compile(r"(^|\.)router\.(stat_\w+|local_tokens_per_expert)$")
+# Of the step, or of the process: no part of a model.
+PASSING = re.compile(r"(^|\.)router\.(stat_\w+|local_tokens_per_expert)$|\._extra_state$")
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -90,7 +91,7 @@ class Contents:
                 for part in entry.parts if gated or len(entry.parts) == 1 else entry.parts[1:]:
                     self._add(Piece(layer, expert, part), file[key], entry.place(layer, part, gated, local, experts))
         for key in file.keys() - known.at.keys():
-            if STATISTICS.search(key):
+            if PASSING.search(key):
                 continue
             if key in self.rest:
                 self.replicas.append((key, self.rest[key], file[key]))
@@ -118,6 +119,12 @@ class Contents:
             if piece.expert is not None:
                 of[piece.layer][piece.expert].add(piece.part)
                 shapes[piece.layer, piece.part][held.shape] += 1
+        inside = tuple(f"{layer}.{part}experts." for layer in of for part in ("", "deepspeed_moe."))
+        self.faults.extend(
+            f"{key} is of an expert, and not known: is it quantized, or of another layout?"
+            for key in self.rest
+            if key.startswith(inside)
+        )
         for layer, experts in of.items():
             router = self.pieces.get(Piece(layer, None, "router"))
             count = max(*experts, 0 if router is None else router.shape[0] - 1) + 1

@@ -260,6 +260,12 @@ def test_a_source_that_is_not_whole_is_refused(tmp_path: Path) -> None:
         convert(ours(tmp_path / "c", tensors), tmp_path / "b", of=Ours(), to=Megatron())
 
 
+def test_what_is_of_an_expert_and_not_known_is_refused(tmp_path: Path) -> None:
+    scale = {"model.layers.2.mlp.experts.1.up_scale_inv": torch.ones(1)}
+    with pytest.raises(ValueError, match="up_scale_inv is of an expert, and not known: is it quantized"):
+        convert(ours(tmp_path / "a", model() | scale), tmp_path / "b", of=Ours(), to=Megatron())
+
+
 def test_the_command_converts_checks_and_says_what_is_wrong(tmp_path: Path) -> None:
     def run(*words: str) -> tuple[int, str]:
         result = CliRunner().invoke(app, [str(word) for word in words])
