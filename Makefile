@@ -1,24 +1,30 @@
 # make demo: the main job on four CPU processes. make test: what CI runs. make check: under a minute, before each commit.
+# make native: the optional C++ path, into the user's cache.
 PYTHON ?= python3.11
 PIP_FLAGS ?= --disable-pip-version-check --quiet
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo native test check format bench clean
 .DEFAULT_GOAL := check
 
+# DS_BUILD_OPS=0: DeepSpeed compiles nothing while it is installed.
 $(VENV)/ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; install it, or name another from 3.11 on: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) >/dev/null || { echo "make: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install $(notdir $(PYTHON))-venv"; exit 1; }
 	@echo "installing into $(VENV) (once; torch is a large download)"
-	@$(VENV)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	@DS_BUILD_OPS=0 $(VENV)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/ready
 	@$(RUN)/torchrun --standalone --nproc-per-node 4 scripts/demo.py
 
+native: $(VENV)/ready
+	@$(RUN)/python -m moe.build
+
 test: $(VENV)/ready
+	@if { command -v c++ || command -v g++ || command -v clang++; } >/dev/null; then $(RUN)/python -m moe.build; else echo "no C++ compiler: the tests of the compiled path are skipped"; fi
 	@$(RUN)/ruff format --check .
 	@$(RUN)/ruff check .
 	@$(RUN)/mypy

@@ -5,11 +5,13 @@ from moe.activation import GELU, ReLU2, SwiGLU
 from moe.census import census
 from moe.clip import clip_grad_norm, grad_norm
 from moe.comm import EVERYONE, World, WorldError, nodes_of
-from moe.compute import Fastest, Grouped, Loop
+from moe.compute import Fastest, Grouped, Loop, Native
 from moe.config import MoEConfig
 from moe.data_parallel import average_expert_grads, expert_parameters, leave_experts_alone
 from moe.elastic import Elastic, Pulse
 from moe.experts import Experts
+from moe.guestbook import lasting_visits
+from moe.guests import KeepGuests, RefetchGuests
 from moe.layer import MoE
 from moe.levy import charge
 from moe.meters import Meters
@@ -21,9 +23,42 @@ from moe.reference import reference
 from moe.shards import export_safetensors, import_safetensors
 
 __all__ = [
-    "EVERYONE", "GELU", "Elastic", "Experts", "Fastest", "Grouped", "Loop", "Meters", "MoE", "MoEConfig", "Moved",
-    "Pulse", "ReLU2", "Recorder", "SwiGLU", "World", "WorldError", "assert_ep_parity", "average_expert_grads",
-    "census", "charge", "checkpoint", "clip_grad_norm", "expert_parameters", "export_safetensors", "grad_norm",
-    "import_safetensors", "leave_experts_alone", "move_experts", "nodes_of", "plan_of", "reference", "settle_after",
+    "EVERYONE",
+    "GELU",
+    "Elastic",
+    "Experts",
+    "Fastest",
+    "Grouped",
+    "KeepGuests",
+    "Loop",
+    "Meters",
+    "MoE",
+    "MoEConfig",
+    "Moved",
+    "Native",
+    "Pulse",
+    "ReLU2",
+    "Recorder",
+    "RefetchGuests",
+    "SwiGLU",
+    "World",
+    "WorldError",
+    "assert_ep_parity",
+    "average_expert_grads",
+    "census",
+    "charge",
+    "checkpoint",
+    "clip_grad_norm",
+    "expert_parameters",
+    "export_safetensors",
+    "grad_norm",
+    "import_safetensors",
+    "lasting_visits",
+    "leave_experts_alone",
+    "move_experts",
+    "nodes_of",
+    "plan_of",
+    "reference",
+    "settle_after",
     "settle_prices",
 ]  # fmt: skip

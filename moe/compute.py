@@ -1,121 +1,34 @@
-"""How the rows of many experts are multiplied by their weights: one expert at a time, or a whole stack at once."""
+"""Which batches the rows of many experts are computed in: one expert at a time, a whole stack at once, or by blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from moe.activation import Activation
+from moe.blocks import Blocks, blocks_refuse
 from moe.dispatch import upload
-from routing import at_least_fp32
-
-
-class Stack(NamedTuple):
-    """The weights of some experts. up_AHD: [A, fan * hidden, dim]; down_ADF: [A, dim, hidden]; biases may be None."""
-
-    up: Tensor
-    down: Tensor
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-
-
-class Batch(Protocol):
-    """Neighbouring rows that are multiplied by one call. `out` is where the answer should go; None: anywhere."""
-
-    @property
-    def rows(self) -> slice: ...
-
-    def times(self, row_MD: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        """row_m weight_e^T + bias_e"""
-
-    def times_back(self, drow_MF: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        """drow_m weight_e"""
-
-    def dweight(self, drow_MF: Tensor, row_MD: Tensor, out: Tensor) -> Tensor:
-        """For each expert: sum over its m of drow_m^T row_m"""
-
-    def dbias(self, drow_MF: Tensor, out: Tensor) -> Tensor:
-        """For each expert: sum over its m of drow_m"""
-
-    def bias_of(self, bias: Tensor) -> Tensor:
-        """bias_e for each row, or one for all"""
-
-
-@dataclass(frozen=True)
-class _One:
-    """The rows of one expert."""
-
-    rows: slice
-    expert: int
-
-    def times(self, row_MD: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        turned = weight[self.expert].t()
-        if bias is None:
-            return torch.mm(row_MD, turned, out=out)
-        return torch.addmm(bias[self.expert], row_MD, turned, out=out)
-
-    def times_back(self, drow_MF: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        return torch.mm(drow_MF, weight[self.expert], out=out)
-
-    def dweight(self, drow_MF: Tensor, row_MD: Tensor, out: Tensor) -> Tensor:
-        torch.mm(drow_MF.t(), row_MD, out=out[self.expert])
-        return out
-
-    def dbias(self, drow_MF: Tensor, out: Tensor) -> Tensor:
-        torch.sum(drow_MF, 0, out=out[self.expert])
-        return out
-
-    def bias_of(self, bias: Tensor) -> Tensor:
-        return bias[self.expert]
-
-
-@dataclass(frozen=True, eq=False)
-class _All:
-    """The rows of a whole stack. row_A: how many for each expert; end_A: where they end, int32."""
-
-    rows: slice
-    row_A: Tensor
-    end_A: Tensor
-
-    def times(self, row_MD: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        got_MF = F.grouped_mm(row_MD, weight.transpose(1, 2), offs=self.end_A)
-        if bias is not None:
-            got_MF += self.bias_of(bias)
-        return got_MF if out is None else out.copy_(got_MF)
-
-    def times_back(self, drow_MF: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        got_MD = F.grouped_mm(drow_MF, weight, offs=self.end_A)
-        return got_MD if out is None else out.copy_(got_MD)
-
-    def dweight(self, drow_MF: Tensor, row_MD: Tensor, out: Tensor) -> Tensor:
-        return F.grouped_mm(drow_MF.t(), row_MD, offs=self.end_A)
-
-    def dbias(self, drow_MF: Tensor, out: Tensor) -> Tensor:
-        wide_MF = drow_MF.to(at_least_fp32(drow_MF.dtype))
-        return torch.segment_reduce(wide_MF, "sum", lengths=self.row_A, axis=0, unsafe=True).to(out.dtype)
-
-    def bias_of(self, bias: Tensor) -> Tensor:
-        return bias.repeat_interleave(self.row_A, dim=0, output_size=self.rows.stop - self.rows.start)
+from moe.matmuls import All, One
+from moe.stack import Batch, Stack
 
 
 class Compute(Protocol):
-    def __call__(self, rows_A: Sequence[int], stack: Stack, start: int) -> Sequence[Batch]:
+    def __call__(self, rows_A: Sequence[int], stack: Stack, activation: Activation, start: int) -> Sequence[Batch]:
         """The batches of the rows from `start` on, rows_A of them for each expert of the stack, sorted by expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """One expert at a time: what lies between its matmuls stays in the cache. Any type; best on CPUs."""
+    """One expert at a time: what lies between its matmuls stays in the cache. Any type; best on CPUs but for Native."""
 
-    def __call__(self, rows_A: Sequence[int], stack: Stack, start: int) -> Sequence[Batch]:
+    def __call__(self, rows_A: Sequence[int], stack: Stack, activation: Activation, start: int) -> Sequence[Batch]:
         batches = []
         for expert, rows in enumerate(rows_A):
             if rows:
-                batches.append(_One(slice(start, start + rows), expert))
+                batches.append(One(slice(start, start + rows), expert))
             start += rows
         return batches
 
@@ -133,7 +46,7 @@ class Grouped:
             width * dtype.itemsize % 16 for width in widths
         )
 
-    def __call__(self, rows_A: Sequence[int], stack: Stack, start: int) -> Sequence[Batch]:
+    def __call__(self, rows_A: Sequence[int], stack: Stack, activation: Activation, start: int) -> Sequence[Batch]:
         if not self.takes(stack):
             raise ValueError(
                 f"a grouped matmul takes fp32, bf16 or fp16 and widths of a multiple of 16 bytes; got "
@@ -142,20 +55,40 @@ class Grouped:
         if not sum(rows_A):
             return []
         row_A = upload([rows_A], stack.up.device)[0]
-        return [_All(slice(start, start + sum(rows_A)), row_A, row_A.cumsum(0).to(torch.int32))]
+        return [All(slice(start, start + sum(rows_A)), row_A, row_A.cumsum(0).to(torch.int32))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Native:
+    """Blocks of rows in C++: see blocks.cpp. On CPUs, SwiGLU without biases, fp32 and bf16, where it has been built."""
+
+    def takes(self, stack: Stack, activation: Activation) -> bool:
+        return blocks_refuse(stack, activation) is None
+
+    def __call__(self, rows_A: Sequence[int], stack: Stack, activation: Activation, start: int) -> Sequence[Batch]:
+        if (reason := blocks_refuse(stack, activation)) is not None:
+            raise ValueError(f"Native() cannot compute this: {reason}; use Fastest() or Loop()")
+        return [Blocks(slice(start, start + sum(rows_A)), tuple(rows_A))] if sum(rows_A) else []
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fastest:
-    """On GPUs Grouped where it has a kernel of its own (bf16); on CPUs Grouped below `crossover` rows an expert.
+    """On GPUs Grouped where it has a kernel of its own (bf16). On CPUs Native where it can; elsewhere Loop, and Grouped
+    below `crossover` rows an expert.
 
     Measured on a CPU (scripts/bench/RESULTS.md): Grouped takes 0.96 to 0.98 of Loop's time at 1 and 8 rows an expert,
-    1.04 to 1.12 at 32, up to 1.4 at 512. A few hundredths at the bottom are not worth a second way: the crossover is 0.
+    1.04 to 1.12 at 32, up to 1.4 at 512. A few hundredths at the bottom are not worth a third way: the crossover is 0.
     """
 
     crossover: int = 0
 
-    def __call__(self, rows_A: Sequence[int], stack: Stack, start: int) -> Sequence[Batch]:
+    def __call__(self, rows_A: Sequence[int], stack: Stack, activation: Activation, start: int) -> Sequence[Batch]:
         few = sum(rows_A) < self.crossover * len(rows_A)
-        grouped = few if stack.up.device.type == "cpu" else stack.up.dtype == torch.bfloat16
-        return (Grouped() if grouped and Grouped().takes(stack) else Loop())(rows_A, stack, start)
+        return self._compute(stack, activation, few)(rows_A, stack, activation, start)
+
+    def _compute(self, stack: Stack, activation: Activation, few: bool) -> Compute:
+        on_cpu = stack.up.device.type == "cpu"
+        if on_cpu and not few and Native().takes(stack, activation):
+            return Native()
+        grouped = few if on_cpu else stack.up.dtype == torch.bfloat16
+        return Grouped() if grouped and Grouped().takes(stack) else Loop()

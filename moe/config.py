@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moe.activation import Activation, SwiGLU
 from moe.compute import Compute, Fastest
+from moe.guests import Invite, KeepGuests
 from routing import (
     Assigner,
     AtHome,
@@ -49,6 +50,7 @@ class MoEConfig:
     bias: bool = False
     shared_hidden: int = 0
     compute: Compute = Fastest()
+    guests: Invite = KeepGuests()
 
     def __post_init__(self) -> None:
         for name in ("dim", "hidden", "num_experts"):

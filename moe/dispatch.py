@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe.blocks import total
 from moe.comm import Peers, exchange
 from routing import Assignment, Choice, at_least_fp32
 
@@ -140,6 +141,8 @@ class Dispatch:
             return sum_TD.index_add_(0, self.token_N, row_ND).to(row_XD.dtype)
         place_TK = self.place_N.view(-1, self.top_k)
         weight_TK = None if weight_N is None else weight_N.view(-1, self.top_k)
+        if (y_TD := total(row_XD, place_TK, weight_TK)) is not None:
+            return y_TD
         if weight_TK is None or weight_TK.dtype == row_XD.dtype:
             return F.embedding_bag(place_TK, row_XD, per_sample_weights=weight_TK, mode="sum")
         return _weighted_total(row_XD, place_TK, weight_TK)

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from moe.activation import Activation, SwiGLU
-from moe.compute import Compute, Fastest, Stack
-from moe.visit import Trip, visit
+from moe.compute import Compute, Fastest
+from moe.guests import Guests
+from moe.stack import Stack
+from moe.trip import Trip
+from moe.visit import visit
 
 
 class Experts(nn.Module):
@@ -80,11 +83,10 @@ class Experts(nn.Module):
     def stack(self) -> Stack:
         return Stack(self.up, self.down, self.up_bias, self.down_bias)
 
-    def forward(self, x_TD: Tensor, weight_N: Tensor | None, trip: Trip, own: Stack, visiting: Stack) -> Tensor:
+    def forward(self, x_TD: Tensor, weight_N: Tensor | None, trip: Trip, own: Stack, guests: Guests) -> Tensor:
         """Tokens to the experts, by whatever way, and the weighted sum of the results back. -> y_TD"""
         dtype = compute_dtype(x_TD)
-        own, visiting = _cast(own, dtype), _cast(visiting, dtype)
-        return visit(x_TD.to(dtype), weight_N, trip, own, visiting, self.compute, self.activation)
+        return visit(x_TD.to(dtype), weight_N, trip, _cast(own, dtype), guests, self.compute, self.activation)
 
     def extra_repr(self) -> str:
         return f"experts {list(self.expert_ids)}, {self.up.shape[2]} -> {self.down.shape[2]}, {self.activation}"

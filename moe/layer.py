@@ -14,13 +14,15 @@ from torch.utils.hooks import RemovableHandle
 from moe.batch import Batch, header, problem_of, raise_alike
 from moe.broadcast import keep_from_broadcast
 from moe.census import Pool
-from moe.comm import Group, Peers, gather_counts, lend, tie, visitors
-from moe.compute import Stack
+from moe.comm import Group, Lending, Peers, gather_counts, tie, visitors
 from moe.config import MoEConfig
 from moe.dispatch import Dispatch, upload
 from moe.experts import Experts, Shared
+from moe.guestbook import Guestbook
+from moe.guests import Guests, Nobody
 from moe.levy import Levies, Slip
 from moe.recompute import Replays
+from moe.stack import Stack
 from placement import Placement, RoundRobin, Topology
 from routing import Assignment, Choice, Loan, Router, Rows
 
@@ -94,6 +96,7 @@ class MoE(nn.Module):
         self._replays: Replays[_Step] = Replays()
         self.pool = Pool(config.num_experts, device)
         self.levies = Levies(config.losses)
+        self.guestbook: Guestbook | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, valid: Tensor | None = None, ratio: Tensor | None = None) -> Tensor:
@@ -107,9 +110,8 @@ class MoE(nn.Module):
             choice = self._route(batch, step.rows)
         self._replays.keep(step)
 
-        own, visiting = self._weights(step.loans)
         x_TD = _joining_in(batch.x_TD, step.grad_wanted)
-        y_TD: Tensor = self.experts(x_TD, choice.weight_N, step.dispatch, own, visiting)
+        y_TD: Tensor = self.experts(x_TD, choice.weight_N, step.dispatch, self._weights(), self._guests(step.loans))
         if self.shared is not None:
             y_TD = y_TD + self._shared(self.shared, batch.x_TD, batch.valid_T)
         if step.slip is not None:
@@ -156,8 +158,17 @@ class MoE(nn.Module):
         which brings the weights and takes care of the optimiser.
         """
         _placement(self.config, self.peers, placement)
+        if self.guestbook is not None:
+            self.guestbook.clear()
         self.experts.rehouse(placement.experts_of(self.peers.rank).tolist(), weights)
         self.placement = placement
+
+    def set_deepspeed_parallelism(self, *_: Any) -> None:
+        """A DeepSpeed engine calls it while it is made. It would take experts for parameters that all ranks share."""
+        raise ValueError(
+            "DeepSpeed does not know that these experts differ from rank to rank, and would average them; in the place "
+            "of deepspeed.initialize use moe.integrations.deepspeed.initialize, with the same arguments"
+        )
 
     def extra_repr(self) -> str:
         return f"rank {self.peers.rank} of {self.peers.size}, {self.config.assigner}"
@@ -166,6 +177,8 @@ class MoE(nn.Module):
         """Choose, tell every rank, assign. The counts are gathered even if this rank's input is no good, so that all
         ranks raise the same error instead of waiting for one that has left."""
         problem = problem_of(x, valid, ratio, self.config.dim, self.experts.stack().up)
+        if problem is None and self.guestbook is not None:
+            problem = self.guestbook.problem(self.experts.stack())
         choice = None
         if problem is None:
             batch = Batch.of(x, valid, ratio)
@@ -221,13 +234,20 @@ class MoE(nn.Module):
         real_T1 = valid_T[:, None]
         return shared(x_TD.where(real_T1, 0.0)).where(real_T1, 0.0)  # type: ignore[no-any-return]
 
-    def _weights(self, loans: tuple[Loan, ...]) -> tuple[Stack, Stack]:
+    def _weights(self) -> Stack:
+        """The experts at home, of which copies elsewhere share their gradients."""
         stack = self.experts.stack()
         names = [name for name, weight in zip(Stack._fields, stack) if weight is not None]
         weights = tie([weight for weight in stack if weight is not None], self.placement, self.peers)
-        own, visiting = lend(weights, loans, self.placement, self.peers)
         empty: dict[str, Tensor | None] = {"up_bias": None, "down_bias": None}
-        return Stack(**(empty | dict(zip(names, own)))), Stack(**(empty | dict(zip(names, visiting))))  # type: ignore[arg-type]
+        return Stack(**(empty | dict(zip(names, weights))))  # type: ignore[arg-type]
+
+    def _guests(self, loans: tuple[Loan, ...]) -> Guests:
+        if not loans:
+            return Nobody()
+        if self.guestbook is not None:
+            return self.guestbook.admit(loans, self.placement)
+        return self.config.guests(Lending.of(loans, self.placement, self.peers))
 
 
 def _placement(config: MoEConfig, peers: Peers, placement: Placement | None) -> Placement:

@@ -9,61 +9,18 @@ between an expert's two matrices. Its own gradient is found there too, so result
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.activation import Activation, linearise
-from moe.compute import Batch, Compute, Stack
+from moe.activation import Activation
+from moe.compute import Compute
+from moe.guests import Guests, Nobody, Stacks
+from moe.stack import Back, Batch, Rows, Stack
+from moe.trip import Trip
 from routing import at_least_fp32
-
-
-class Trip(Protocol):
-    """The way of rows to this rank's experts and of what they make back. M: rows computed here, sorted by expert.
-
-    X rows in a buffer may be more than M: room for what comes home from other ranks.
-    """
-
-    @property
-    def rows_A(self) -> tuple[int, ...]: ...
-
-    @property
-    def index_M(self) -> Tensor | None:
-        """Where each row is found among those that `go` brings; None: there they are, in this order."""
-
-    @property
-    def room(self) -> int:
-        """X - M"""
-
-    def go(self, x_TD: Tensor, weight_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """-> rows from which index_M picks, and weight_M"""
-
-    def come(self, row_XD: Tensor | None, scalar_M: Tensor | None) -> Tensor | None:
-        """The first M rows go back, and what comes home fills the room. -> scalar_N"""
-
-    def total(self, row_XD: Tensor, weight_N: Tensor | None) -> Tensor:
-        """The (weighted) rows of each token, added. -> y_TD"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stay:
-    """No way at all: the rows lie here, sorted by expert, and so do the results."""
-
-    rows_A: tuple[int, ...]
-    index_M: None = None
-    room: int = 0
-
-    def go(self, x_TD: Tensor, weight_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return x_TD, weight_N
-
-    def come(self, row_XD: Tensor | None, scalar_M: Tensor | None) -> Tensor | None:
-        return scalar_M
-
-    def total(self, row_XD: Tensor, weight_N: Tensor | None) -> Tensor:
-        return row_XD if weight_N is None else (row_XD * weight_N[:, None]).to(row_XD.dtype)
 
 
 def visit(
@@ -71,31 +28,38 @@ def visit(
     weight_N: Tensor | None,
     trip: Trip,
     own: Stack,
-    visiting: Stack,
+    guests: Guests,
     compute: Compute,
     activation: Activation,
 ) -> Tensor:
-    """y_t = sum over the choices n = (t, e) of weight_n expert_e(x_t). The experts here are `own`, then `visiting`."""
-    plan = _Plan(trip, compute, activation, torch.is_grad_enabled())
-    y_TD: Tensor = _Visit.apply(plan, x_TD, weight_N, *own, *visiting)  # type: ignore[no-untyped-call]
+    """y_t = sum over the choices n = (t, e) of weight_n expert_e(x_t). The experts here are `own`, then the guests."""
+    plan = _Plan(trip, guests, compute, activation, torch.is_grad_enabled())
+    y_TD: Tensor = _Visit.apply(plan, x_TD, weight_N, *own)  # type: ignore[no-untyped-call]
     return y_TD
 
 
 class _Plan(NamedTuple):
     trip: Trip
+    guests: Guests
     compute: Compute
     activation: Activation
     keep: bool
 
-    def batches(self, stacks: Sequence[Stack]) -> list[tuple[int, Batch]]:
-        """(which stack, batch), in the order of the rows."""
-        start, rows_A, batches = 0, self.trip.rows_A, []
-        for which, stack in enumerate(stacks):
-            mine, rows_A = rows_A[: len(stack.up)], rows_A[len(stack.up) :]
-            if mine:
-                batches += [(which, batch) for batch in self.compute(mine, stack, start)]
-            start += sum(mine)
-        return batches
+    def batches_at_home(self, own: Stack) -> Sequence[Batch]:
+        rows_A = self.trip.rows_A[: len(own.up)]
+        return self.compute(rows_A, own, self.activation, 0) if rows_A else ()
+
+    def batches_of_guests(self, own: Stack, visiting: Stack) -> Sequence[Batch]:
+        home, rows_A = self.trip.rows_A[: len(own.up)], self.trip.rows_A[len(own.up) :]
+        return self.compute(rows_A, visiting, self.activation, sum(home)) if rows_A else ()
+
+    def send(self, own: Stack) -> Stacks:
+        """The guests set out."""
+        return (
+            self.guests.fetch([weight for weight in own if weight is not None])
+            if self.guests.any
+            else Nobody().fetch(())
+        )
 
 
 class _Visit(torch.autograd.Function):
@@ -103,18 +67,22 @@ class _Visit(torch.autograd.Function):
     backward:  g_m = dy_t,  s_m = down_e^T g_m,  dh_m = act'(h_m)^T w_m s_m
                dw_m = <s_m, a_m> + <g_m, c_e>,  dx_t = sum over m of t of up_e^T dh_m
                dup_e = sum of dh_m x_m^T,  db_e = sum of dh_m,  ddown_e = sum of g_m (w_m a_m)^T,  dc_e = sum of w_m g_m
+               and of an expert that visited: its gradient at home + what its borrowers found
+
+    While guests are on the way the experts at home compute; so do they while the guests' gradients go home.
     """
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, x_TD: Tensor, weight_N: Tensor | None, *weights: Tensor | None) -> Tensor:
-        trip, stacks = plan.trip, _stacks(weights)
+        trip, own = plan.trip, _stack(weights)
         with torch.autocast(x_TD.device.type, enabled=False):
             source_XD, _ = trip.go(x_TD, None)
-            result_XD, h_MF = _forward(plan, source_XD, stacks)
+            result_XD, h_MF, visiting = _forward(plan, source_XD, own)
             trip.come(result_XD, None)
             ctx.plan = plan
             if plan.keep:
-                ctx.save_for_backward(source_XD, h_MF, weight_N, *weights)
+                stay = visiting if plan.guests.keeps else ()
+                ctx.save_for_backward(source_XD, h_MF, weight_N, *weights, *stay)
             return trip.total(result_XD, None if weight_N is None else _wide(weight_N, x_TD))
 
     @staticmethod
@@ -122,19 +90,20 @@ class _Visit(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         source_XD, h_MF, weight_N, *weights = ctx.saved_tensors
         trip: Trip = ctx.plan.trip
+        own, stayed = _stack(weights[: len(Stack._fields)]), weights[len(Stack._fields) :]
         _, x, weight, *others = ctx.needs_input_grad
         wants = _Wants(x, weight, tuple(others))
         with torch.autocast(dy_TD.device.type, enabled=False):
             g_XD, weight_M = trip.go(dy_TD.contiguous(), None if weight_N is None else _wide(weight_N, dy_TD))
-            back = _Backward(ctx.plan, wants, _stacks(weights), source_XD, g_XD, h_MF, weight_M)
-            back.run()
+            back = _Backward(ctx.plan, wants, source_XD, g_XD, h_MF, weight_M)
+            grads = back.run(own, _stack(stayed) if stayed else None)
             if not (wants.x or wants.weight):
-                return None, None, None, *back.grads
+                return None, None, None, *grads
             # The gradient of the weight travels with that of x wherever x wants one: its own wish is not every rank's.
             dweight_N = trip.come(back.drow_XD, back.dweight_M)
             dx_TD = None if back.drow_XD is None else trip.total(back.drow_XD, None)
             dweight_N = None if dweight_N is None or not wants.weight else dweight_N.to(weight_N.dtype)
-            return None, dx_TD, dweight_N, *back.grads
+            return None, dx_TD, dweight_N, *grads
 
 
 class _Wants(NamedTuple):
@@ -143,24 +112,36 @@ class _Wants(NamedTuple):
     weights: tuple[bool, ...]
 
 
-def _forward(plan: _Plan, source_XD: Tensor, stacks: Sequence[Stack]) -> tuple[Tensor, Tensor | None]:
-    """-> results with room, and h if it is to be kept. A lone batch's own tensors are taken as they are."""
-    trip, batches, (fan_hidden, dim) = plan.trip, plan.batches(stacks), (stacks[0].up.shape[1], stacks[0].down.shape[1])
-    num_rows = sum(trip.rows_A)
-    result_XD = h_MF = None
-    if len(batches) != 1 or trip.room:
-        result_XD = source_XD.new_empty(num_rows + trip.room, dim)
-    if len(batches) != 1 and plan.keep:
-        h_MF = source_XD.new_empty(num_rows, fan_hidden)
-    h = result = None
-    for which, batch in batches:
-        stack, rows = stacks[which], batch.rows
-        h = batch.times(_pick(source_XD, trip, rows), stack.up, stack.up_bias, None if h_MF is None else h_MF[rows])
-        place = None if result_XD is None else result_XD[rows]
-        result = batch.times(plan.activation(h), stack.down, stack.down_bias, place)
+def _forward(plan: _Plan, source_XD: Tensor, own: Stack) -> tuple[Tensor, Tensor | None, Stack]:
+    """-> results with room, h if it is to be kept, the guests. A lone batch's own tensors are taken as they are."""
+    trip, (fan_hidden, dim) = plan.trip, (own.up.shape[1], own.down.shape[1])
+    coming, home = plan.send(own), plan.batches_at_home(own)
+    lone, num_rows = len(home) == 1 and not plan.guests.guests, sum(trip.rows_A)
+    result_XD = None if lone and not trip.room else source_XD.new_empty(num_rows + trip.room, dim)
+    h_MF = source_XD.new_empty(num_rows, fan_hidden) if plan.keep and not lone else None
+
+    x = Rows(source_XD, trip.index_M)
+
+    def run(batch: Batch, stack: Stack) -> tuple[Tensor | None, Tensor]:
+        at = batch.rows
+        h, result = None if h_MF is None else h_MF[at], None if result_XD is None else result_XD[at]
+        return batch.forward(x, stack, plan.activation, h_MF=h, result_MD=result, keep=plan.keep)
+
+    result = h = None
+    for batch in home:
+        h, result = run(batch, own)
+    visiting = _guests_of(own, coming)
+    for batch in plan.batches_of_guests(own, visiting):
+        run(batch, visiting)
     result_XD = result if result_XD is None else result_XD
     assert result_XD is not None
-    return result_XD, (h if h_MF is None else h_MF) if plan.keep else None
+    return result_XD, (h if h_MF is None else h_MF) if plan.keep else None, visiting
+
+
+def _guests_of(own: Stack, coming: Stacks) -> Stack:
+    """The guests, as soon as they are here, in the layout of the experts at home."""
+    arrived = iter(coming.wait())
+    return Stack(*(None if weight is None else next(arrived, weight[:0]) for weight in own))  # type: ignore[arg-type]
 
 
 class _Backward:
@@ -170,88 +151,62 @@ class _Backward:
         self,
         plan: _Plan,
         wants: _Wants,
-        stacks: Sequence[Stack],
         source_XD: Tensor,
         g_XD: Tensor,
         h_MF: Tensor,
         weight_M: Tensor | None,
     ) -> None:
-        self.plan, self.stacks, self.wants = plan, stacks, wants
-        self.source_XD, self.g_XD, self.h_MF, self.weight_M = source_XD, g_XD, h_MF, weight_M
+        self.plan, self.wants = plan, wants
+        self.x, self.g = Rows(source_XD, plan.trip.index_M), Rows(g_XD, plan.trip.index_M)
+        self.h_MF, self.weight_M = h_MF, weight_M
         num_rows = sum(plan.trip.rows_A)
         self.drow_XD = source_XD.new_empty(num_rows + plan.trip.room, source_XD.shape[1]) if wants.x else None
         self.dweight_M = None if weight_M is None else torch.empty_like(weight_M)
-        weights = [weight for stack in stacks for weight in stack]
-        self.grads = [
-            torch.empty_like(weight) if wanted and weight is not None else None
-            for weight, wanted in zip(weights, wants.weights, strict=True)
-        ]
 
-    def run(self) -> None:
-        for which, batch in self.plan.batches(self.stacks):
-            self._batch(which, batch)
-        rows_A = self.plan.trip.rows_A
-        for index, grad in enumerate(self.grads):
+    def run(self, own: Stack, visiting: Stack | None) -> list[Tensor | None]:
+        """visiting: the guests, if they stayed. -> the gradients of the experts at home"""
+        guests, returns = self.plan.guests, self.plan.guests.any and any(self.wants.weights)
+        coming = self.plan.send(own) if visiting is None else None
+        grads = None if coming is None else self._at_home(own)  # while the guests come again
+        visiting = _guests_of(own, coming) if coming is not None else visiting
+        assert visiting is not None
+        theirs = self._stack(visiting, self.plan.batches_of_guests(own, visiting), self.plan.trip.rows_A[len(own.up) :])
+        home = guests.give_back([grad for grad in theirs if grad is not None]) if returns else None
+        grads = self._at_home(own) if grads is None else grads  # while the guests' gradients go home
+        if home is not None:
+            for grad, came in zip((grad for grad in grads if grad is not None), home.wait(), strict=True):
+                guests.add(grad, came)
+        return grads
+
+    def _at_home(self, own: Stack) -> list[Tensor | None]:
+        return self._stack(own, self.plan.batches_at_home(own), self.plan.trip.rows_A[: len(own.up)])
+
+    def _stack(self, stack: Stack, batches: Sequence[Batch], rows_A: Sequence[int]) -> list[Tensor | None]:
+        back = Back(
+            x=self.x,
+            g=self.g,
+            h_MF=self.h_MF,
+            weight_M=self.weight_M,
+            dweight_M=self.dweight_M,
+            drow_XD=self.drow_XD,
+            grads=[
+                torch.empty_like(weight) if wanted and weight is not None else None
+                for weight, wanted in zip(stack, self.wants.weights, strict=True)
+            ],
+        )
+        for batch in batches:
+            batch.backward(back, stack, self.plan.activation)
+        for grad in back.grads:
             if grad is not None:
-                first = 0 if index < len(Stack._fields) else len(self.stacks[0].up)
-                for expert, rows in enumerate(rows_A[first : first + len(grad)]):
+                for expert, rows in enumerate(rows_A):
                     if not rows:
                         grad[expert].zero_()
-
-    def _batch(self, which: int, batch: Batch) -> None:
-        trip, stack, rows = self.plan.trip, self.stacks[which], batch.rows
-        first = which * len(Stack._fields)
-        up, down, up_bias, down_bias = self.wants.weights[first : first + len(Stack._fields)]
-        g_MD = _pick(self.g_XD, trip, rows)
-        da_MF = batch.times_back(g_MD, stack.down, None)
-        a_MF, pull = linearise(self.plan.activation, self.h_MF[rows])
-        if self.weight_M is not None and self.dweight_M is not None:
-            weight_M1 = self.weight_M[rows, None]
-            dweight_M = _dot(da_MF, a_MF)
-            if stack.down_bias is not None:
-                dweight_M += _dot(g_MD, batch.bias_of(stack.down_bias))
-            self.dweight_M[rows] = dweight_M
-            da_MF.mul_(weight_M1)
-            if down:
-                a_MF = torch.mul(a_MF, weight_M1, out=torch.empty_like(a_MF))
-        if down:
-            self._put(first + 1, batch.dweight(g_MD, a_MF, self._at(first + 1)))
-        if down_bias:
-            if self.weight_M is not None:
-                g_MD = g_MD * self.weight_M[rows, None]
-            self._put(first + 3, batch.dbias(g_MD.to(stack.down.dtype), self._at(first + 3)))
-        if not (up or up_bias or self.wants.x):
-            return
-        dh_MF = pull(da_MF)
-        if up:
-            self._put(first, batch.dweight(dh_MF, _pick(self.source_XD, trip, rows), self._at(first)))
-        if up_bias:
-            self._put(first + 2, batch.dbias(dh_MF, self._at(first + 2)))
-        if self.drow_XD is not None:
-            batch.times_back(dh_MF, stack.up, self.drow_XD[rows])
-
-    def _at(self, index: int) -> Tensor:
-        grad = self.grads[index]
-        assert grad is not None
-        return grad
-
-    def _put(self, index: int, grad: Tensor) -> None:
-        self.grads[index] = grad
-
-
-def _pick(source_XD: Tensor, trip: Trip, rows: slice) -> Tensor:
-    return source_XD[rows] if trip.index_M is None else source_XD.index_select(0, trip.index_M[rows])
-
-
-def _dot(left_MD: Tensor, right_MD: Tensor) -> Tensor:
-    """<left_m, right_m>, added in fp32 or better."""
-    return (left_MD * right_MD).sum(dim=-1, dtype=at_least_fp32(left_MD.dtype))
+        return back.grads
 
 
 def _wide(weight_N: Tensor, row_MD: Tensor) -> Tensor:
     return weight_N.to(at_least_fp32(row_MD.dtype))
 
 
-def _stacks(weights: Sequence[Tensor | None]) -> tuple[Stack, Stack]:
-    count = len(Stack._fields)
-    return Stack(*weights[:count]), Stack(*weights[count:])  # type: ignore[arg-type]
+def _stack(weights: Sequence[Tensor | None]) -> Stack:
+    return Stack(*weights)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placement import Placement
+from routing.native import DECIDERS, address, takes
 
 IntArray = NDArray[np.int64]
 
@@ -40,6 +41,8 @@ class Assignment:
             )
         if self.count_RE.dtype.kind not in "iu" or self.quota_RE.dtype.kind not in "iu":
             raise ValueError(f"rows are whole; got tables of {self.count_RE.dtype} and {self.quota_RE.dtype}")
+        if self._lawful():
+            return
         if self.count_RE.size and min(self.count_RE.min(), self.quota_RE.min()) < 0:
             raise ValueError("count_RE and quota_RE count rows; they cannot be negative")
         routed_E, computed_E = self.count_RE.sum(axis=0), self.quota_RE.sum(axis=0)
@@ -49,6 +52,14 @@ class Assignment:
                 f"expert {expert} was routed {routed_E[expert]} rows but assigned {computed_E[expert]}; "
                 f"an assigner must keep quota_RE.sum(0) == count_RE.sum(0)"
             )
+
+    def _lawful(self) -> bool:
+        """Whether the compiled check finds nothing wrong. It says no where it cannot tell."""
+        library = DECIDERS.load()
+        if library is None or not (takes(self.count_RE) and takes(self.quota_RE)):
+            return False
+        tables = address(self.count_RE), address(self.quota_RE)
+        return not library.evenmoe_unlawful(*tables, *self.count_RE.shape)
 
     @property
     def load_R(self) -> IntArray:

@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from heapq import heapify, heapreplace
 from typing import Protocol, Self
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from placement import Placement
 from routing.assigner import at_home
 from routing.assignment import Assignment
+from routing.native import DECIDERS, address, takes
 
 Move = tuple[int, int, int, int]  # expert, lender, borrower, rows
 Receiver = Callable[[int, int], tuple[int, int] | None]  # lender, rows -> borrower, rows it takes
@@ -90,9 +92,11 @@ class LeastLoaded:
         ranks = len(count_RE)
         if self.node_R and len(self.node_R) != ranks:
             raise ValueError(f"node_R names the nodes of {len(self.node_R)} ranks, but the group has {ranks}")
-        load_E, home_E = count_RE.sum(axis=0), placement.home_E
         if count_RE.shape != placement.held_RE.shape or ranks == 1:
-            return at_home(count_RE, load_E, placement)
+            return at_home(count_RE, count_RE.sum(axis=0), placement)
+        if (compiled_RE := self._compiled(count_RE, placement)) is not None:
+            return Assignment(count_RE=count_RE, quota_RE=compiled_RE)
+        load_E, home_E = count_RE.sum(axis=0), placement.home_E
         home_R = np.bincount(home_E, load_E, minlength=ranks).astype(np.int64).tolist()
         capacity, peak = self.capacity(sum(home_R), ranks), max(home_R)
         if peak - capacity < self.min_chunk:
@@ -110,6 +114,31 @@ class LeastLoaded:
         np.subtract.at(quota_RE, (lender_N, expert_N), rows_N)
         np.add.at(quota_RE, (borrower_N, expert_N), rows_N)
         return Assignment(count_RE=count_RE, quota_RE=quota_RE)
+
+    def _compiled(self, count_RE: NDArray[np.int64], placement: Placement) -> NDArray[np.int64] | None:
+        """The same quotas, where least_loaded.cpp is built and knows the price of a visit."""
+        if (library := DECIDERS.load()) is None or type(self.worth) is not BreakEven or not takes(count_RE):
+            return None
+        quota_RE, (ranks, num_experts) = np.zeros_like(count_RE), count_RE.shape
+        refused = library.evenmoe_least_loaded(
+            address(count_RE),
+            ranks,
+            num_experts,
+            address(placement.home_E),
+            address(placement.held_RE) if placement.slots > num_experts else None,
+            address(_dense(self.node_R or (0,) * ranks)),
+            min(self.min_chunk, 2**62),
+            self.headroom,
+            self.worth.rows,
+            address(quota_RE),
+        )
+        return None if refused else quota_RE
+
+
+@lru_cache(maxsize=1024)
+def _dense(node_R: tuple[int, ...]) -> NDArray[np.int64]:
+    """The nodes in their order, as 0, 1, ..."""
+    return np.unique(node_R, return_inverse=True)[1].astype(np.int64)
 
 
 class _Spill:

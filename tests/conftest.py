@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from moe import World
+from moe.build import LIBRARIES
+from routing.native import COMPILERS
 
 torch.set_num_threads(1)
 
@@ -26,3 +29,13 @@ def world() -> Iterator[Callable[[int], World]]:
     yield of
     for started in worlds.values():
         started.close()
+
+
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """The compiled path is there: built, if need be."""
+    if not any(map(shutil.which, COMPILERS)):
+        pytest.skip(f"no C++ compiler among {', '.join(COMPILERS)}")
+    for library in LIBRARIES:
+        library.build()
+        assert library.in_use().startswith("compiled"), library.in_use()

@@ -55,7 +55,15 @@ def test_placement_needs_no_torch(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_deciders_in_numpy_stay_in_numpy(path: Path) -> None:
-    numpy_only = ("assignment.py", "assigner.py", "least_loaded.py", "copies.py", "nearest_copy.py", "waterfill.py")
+    numpy_only = (
+        "assignment.py",
+        "assigner.py",
+        "least_loaded.py",
+        "copies.py",
+        "nearest_copy.py",
+        "waterfill.py",
+        "native.py",
+    )
     if path.parent.name == "routing" and path.name in numpy_only:
         assert not any(module.split(".")[0] == "torch" for module in imports(path))
 

@@ -43,12 +43,39 @@ class _Exchange(torch.autograd.Function):
         return _swap(drow_MD, ctx.recv_R, ctx.send_R, ctx.peers), None, None, None
 
 
+class Arriving:
+    """Rows on their way. wait() -> the rows, once they may be read; until then the sender keeps what it sends."""
+
+    def __init__(self, row_MD: Tensor, source: Tensor, work: dist.Work | None) -> None:
+        self._row_MD, self._source, self._work = row_MD, source, work
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        return self._row_MD
+
+
+def exchange_later(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: Peers) -> Arriving:
+    """As exchange, without gradients, and this rank goes on while the rows travel."""
+    if peers.group is None:
+        return Arriving(row_ND, row_ND, None)
+    row_MD, target, source = _sides(row_ND, recv_R)
+    work = dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group, async_op=True)
+    return Arriving(row_MD, source, work)
+
+
 def _swap(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: Peers) -> Tensor:
     if peers.group is None:
         return row_ND.clone()
+    row_MD, target, source = _sides(row_ND, recv_R)
+    dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group)
+    return row_MD
+
+
+def _sides(row_ND: Tensor, recv_R: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the rows to come, and what is received and sent in their stead where a type does not travel"""
     row_MD = row_ND.new_empty(sum(recv_R), *row_ND.shape[1:])
     source, target = row_ND.contiguous(), row_MD
     if source.is_floating_point() and source.element_size() == 1:  # no backend reduces fp8, but all carry bytes
         source, target = source.view(torch.uint8), target.view(torch.uint8)
-    dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group)
-    return row_MD
+    return row_MD, target, source

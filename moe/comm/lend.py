@@ -1,6 +1,6 @@
 """Weights that visit other ranks, and gradients that come home.
 
-lend: an expert's weights go to the ranks that borrow it for this step; the gradients they compute come back and are
+Lending: an expert's weights go to the ranks that borrow it for this step; the gradients they compute come back and are
 added, in fp32 or better, to the one computed at home. tie: where an expert has copies, each copy's gradient becomes the
 sum over all of them, so that copies which start equal stay equal under any optimiser.
 """
@@ -8,13 +8,14 @@ sum over all of them, so that copies which start equal stay equal under any opti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.comm.exchange import exchange
+from moe.comm.exchange import Arriving, exchange_later
 from moe.comm.group import Peers
 from placement import Placement
 from routing import Loan, at_least_fp32
@@ -29,27 +30,62 @@ class _Trip(NamedTuple):
     peers: Peers
 
 
-def lend(
-    weights: Sequence[Tensor], loans: Sequence[Loan], placement: Placement, peers: Peers
-) -> tuple[list[Tensor], list[Tensor]]:
-    """weights: this rank's experts, [slots, ...] each. -> the same, and those of the experts that visit this rank.
+class Coming:
+    """Stacks on their way, several packed in one message. wait() -> the stacks."""
 
-    The visitors are ordered by lender, then expert, as in `visitors`. All ranks must give the same loans. The returned
-    own weights must be used in place of the given ones, for the gradients that come home to reach them.
+    def __init__(self, packed: Sequence[tuple[Arriving, Sequence[int], Sequence[torch.Size]]]) -> None:
+        """Of each message: the rows, which stacks they hold, and the shapes of their rows."""
+        self._packed = packed
+
+    def wait(self) -> list[Tensor]:
+        arrived: dict[int, Tensor] = {}
+        for message, which, shapes in self._packed:
+            parts = torch.split(message.wait(), [shape.numel() for shape in shapes], dim=1)
+            arrived |= {
+                index: part.view(len(part), *shape) for index, part, shape in zip(which, parts, shapes, strict=True)
+            }
+        return [arrived[index] for index in sorted(arrived)]
+
+
+@dataclass(frozen=True)
+class Lending:
+    """The loans of one step as one rank sees them. All ranks must make it of the same loans.
+
+    Guests are ordered by lender, then expert, as in `visitors`. guests: how many. any: does anybody lend? Then all
+    ranks take part, whoever does not has nothing to send.
     """
-    if not loans:
-        return list(weights), [weight.detach()[:0] for weight in weights]
-    slot_of = {int(expert): slot for slot, expert in enumerate(placement.experts_of(peers.rank))}
-    out = sorted((loan.borrower, loan.expert) for loan in loans if loan.lender == peers.rank)
-    trip = _Trip(
-        slots=tuple(slot_of[expert] for _, expert in out),
-        send_R=_tally((borrower for borrower, _ in out), peers.size),
-        recv_R=_tally((loan.lender for loan in loans if loan.borrower == peers.rank), peers.size),
-        peers=peers,
-    )
-    dtypes = tuple(_travels_as(weight) for weight in weights)
-    both = _Lend.apply(trip, dtypes, *weights)  # type: ignore[no-untyped-call]
-    return list(both[: len(weights)]), list(both[len(weights) :])
+
+    trip: _Trip
+    any: bool
+
+    @classmethod
+    def of(cls, loans: Sequence[Loan], placement: Placement, peers: Peers) -> Self:
+        slot_of = {int(expert): slot for slot, expert in enumerate(placement.experts_of(peers.rank))}
+        out = sorted((loan.borrower, loan.expert) for loan in loans if loan.lender == peers.rank)
+        trip = _Trip(
+            slots=tuple(slot_of[expert] for _, expert in out),
+            send_R=_tally((borrower for borrower, _ in out), peers.size),
+            recv_R=_tally((loan.lender for loan in loans if loan.borrower == peers.rank), peers.size),
+            peers=peers,
+        )
+        return cls(trip=trip, any=len(loans) > 0)
+
+    @property
+    def guests(self) -> int:
+        return sum(self.trip.recv_R)
+
+    def fetch(self, weights: Sequence[Tensor]) -> Coming:
+        """weights: this rank's experts, [slots, ...] each. They start for their borrowers, and the guests' come."""
+        return _travel(weights, self.trip.slots, self.trip)
+
+    def give_back(self, grads: Sequence[Tensor]) -> Coming:
+        """grads: the guests', [guests, ...] each. They start for home, and those of this rank's experts come."""
+        back = self.trip._replace(send_R=self.trip.recv_R, recv_R=self.trip.send_R)
+        return _travel(grads, range(self.guests), back)
+
+    def add(self, grad: Tensor, came: Tensor) -> None:
+        """To the gradient of each expert that was lent, in place, what came home for it."""
+        _add_to_slots(grad, self.trip.slots, came)
 
 
 def visitors(loans: Sequence[Loan], rank: int) -> list[int]:
@@ -69,27 +105,6 @@ def tie(weights: Sequence[Tensor], placement: Placement, peers: Peers) -> list[T
     return list(_Tie.apply(trip, *weights))  # type: ignore[no-untyped-call]
 
 
-class _Lend(torch.autograd.Function):
-    """forward:   own = W;  visiting_i = W of the rank that lends i
-    backward:  dW_e = down_e + sum over the borrowers of e of dvisiting_e
-    """
-
-    @staticmethod
-    def forward(ctx: Any, trip: _Trip, dtypes: tuple[torch.dtype, ...], *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.trip = trip
-        visiting = _travel([_pick(weight, trip.slots).to(dtype) for weight, dtype in zip(weights, dtypes)], trip)
-        return (*(weight.view_as(weight) for weight in weights), *visiting)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        trip: _Trip = ctx.trip
-        own, visiting = grads[: len(grads) // 2], grads[len(grads) // 2 :]
-        back = trip._replace(send_R=trip.recv_R, recv_R=trip.send_R)
-        returned = _travel(visiting, back)
-        return None, None, *(_add_to_slots(grad, trip.slots, more) for grad, more in zip(own, returned))
-
-
 class _Tie(torch.autograd.Function):
     """forward:   own = W
     backward:  dW_e = sum over the ranks that hold e of their down_e, added in the order of the ranks
@@ -105,34 +120,29 @@ class _Tie(torch.autograd.Function):
     def backward(ctx: Any, *own: Tensor) -> tuple[Tensor | None, ...]:
         trip: _Trip = ctx.trip
         before = sum(trip.recv_R[: trip.peers.rank])
-        others = _travel([_pick(grad, trip.slots) for grad in own], trip)
-        return None, *(_add_to_slots(grad, trip.slots, more, before) for grad, more in zip(own, others))
+        others = _travel(own, trip.slots, trip).wait()
+        total = [grad.clone() for grad in own]
+        for grad, more in zip(total, others, strict=True):
+            _add_to_slots(grad, trip.slots, more, before)
+        return None, *total
 
 
-def _pick(weight: Tensor, slots: Sequence[int]) -> Tensor:
-    """weight[slots], without an index tensor that would have to reach the device."""
-    return torch.stack([weight[slot] for slot in slots]) if slots else weight[:0]
-
-
-def _travel(stacks: Sequence[Tensor], trip: _Trip) -> list[Tensor]:
-    """Several stacks of rows to the same places, in one message for each type. -> the stacks that arrive"""
-    arrived: dict[int, Tensor] = {}
+def _travel(stacks: Sequence[Tensor], slots: Sequence[int], trip: _Trip) -> Coming:
+    """These slots of several stacks to the same places, in one message for each type, each slot copied once."""
+    packed = []
     for dtype in dict.fromkeys(stack.dtype for stack in stacks):
         which = [index for index, stack in enumerate(stacks) if stack.dtype == dtype]
-        widths = [stacks[index].shape[1:].numel() for index in which]
-        packed = torch.cat([stacks[index].reshape(-1, width) for index, width in zip(which, widths)], dim=1)
-        packed = exchange(packed, trip.send_R, trip.recv_R, trip.peers)
-        for index, part in zip(which, torch.split(packed, widths, dim=1)):
-            arrived[index] = part.reshape(len(part), *stacks[index].shape[1:])
-    return [arrived[index] for index in range(len(stacks))]
+        shapes = [stacks[index].shape[1:] for index in which]
+        width = sum(shape.numel() for shape in shapes)
+        parts = [stacks[index][slot].reshape(-1) for slot in slots for index in which]
+        rows = torch.cat(parts).view(-1, width) if parts else stacks[which[0]].new_empty(0, width)
+        packed.append((exchange_later(rows, trip.send_R, trip.recv_R, trip.peers), which, shapes))
+    return Coming(packed)
 
 
-def _add_to_slots(grad: Tensor, slots: tuple[int, ...], more: Tensor, before: int = 0) -> Tensor:
-    """grad[slot] + what came for it, in fp32 or better, rounded once. The first `before` rows come before its own."""
-    if not slots:
-        return grad
+def _add_to_slots(grad: Tensor, slots: tuple[int, ...], more: Tensor, before: int = 0) -> None:
+    """grad[slot] += what came for it, in fp32 or better, rounded once. The first `before` rows come before its own."""
     dtype = at_least_fp32(grad.dtype)
-    grad = grad.clone()
     for touched in dict.fromkeys(slots):
         came = [index for index, slot in enumerate(slots) if slot == touched]
         terms = [*(more[i] for i in came if i < before), grad[touched], *(more[i] for i in came if i >= before)]
@@ -140,15 +150,6 @@ def _add_to_slots(grad: Tensor, slots: tuple[int, ...], more: Tensor, before: in
         for term in terms[1:]:
             total += term
         grad[touched] = total
-    return grad
-
-
-def _travels_as(weight: Tensor) -> torch.dtype:
-    """Under autocast the visitors are used in its type, so they need not travel in a wider one."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
 
 
 def _tally(ranks: Any, size: int) -> tuple[int, ...]:

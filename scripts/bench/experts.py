@@ -27,8 +27,9 @@ from torch import Tensor
 
 from moe import Experts, Fastest, Grouped, Loop
 from moe.comm import Peers
-from moe.compute import Compute, Stack
+from moe.compute import Compute
 from moe.dispatch import Dispatch
+from moe.guests import Nobody
 from placement import RoundRobin, Topology
 from routing import AtHome, Choice
 from scripts.bench.table import median_ratio, rounds, show
@@ -87,7 +88,6 @@ class Bench:
         home = RoundRobin().place(load.experts, Topology.fitting(num_experts=load.experts, ranks=1, ranks_per_node=1))
         token_N = torch.arange(load.tokens).repeat_interleave(load.top_k)
         price_E, score_TE = torch.zeros(load.experts), torch.zeros(load.tokens, load.experts)
-        none = Stack(self.experts.up.detach()[:0], self.experts.down.detach()[:0], None, None)
 
         def run() -> Tensor:
             expert_N, weight_N = self.expert_TK.flatten(), self.weight_TK.flatten()
@@ -107,7 +107,7 @@ class Bench:
             assignment = AtHome()(choice.load_E.numpy()[None], home)
             dispatch = Dispatch.of(choice, assignment, np.arange(load.experts).tolist(), peers)
             self.experts.compute = compute
-            y_TD: Tensor = self.experts(self.x_TD, weight_N, dispatch, self.experts.stack(), none)
+            y_TD: Tensor = self.experts(self.x_TD, weight_N, dispatch, self.experts.stack(), Nobody())
             return y_TD
 
         return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
-from moe.compute import Stack
-from moe.visit import Stay
+from moe.guests import Here, Nobody, Stacks
+from moe.stack import Stack
+from moe.trip import Stay
 
 pytestmark = pytest.mark.fast
-EMPTY = Stack(torch.zeros(0, 16, 8), torch.zeros(0, 8, 8), None, None)
 
 
 def literal(experts: Experts, row_MD: Tensor, rows_A: list[int]) -> Tensor:
@@ -41,7 +43,7 @@ def test_every_compute_equals_the_literal_loop(compute: Any, activation: Any, ro
     row = torch.randn(sum(rows_A), 8)
     grads = []
     for run in (
-        lambda x: experts(x, None, Stay(rows_A=tuple(rows_A)), experts.stack(), EMPTY),
+        lambda x: experts(x, None, Stay(rows_A=tuple(rows_A)), experts.stack(), Nobody()),
         lambda x: literal(experts, x, rows_A),
     ):
         experts.zero_grad(set_to_none=False)
@@ -58,9 +60,31 @@ def test_grouped_refuses_what_it_cannot_compute_and_fastest_does_it_another_way(
     experts = Experts(6, 8, [0], compute=Grouped(), dtype=torch.float64)
     x = torch.randn(3, 6, dtype=torch.float64)
     with pytest.raises(ValueError, match="float64, dim 6, hidden 8"):
-        experts(x, None, Stay(rows_A=(3,)), experts.stack(), EMPTY)
+        experts(x, None, Stay(rows_A=(3,)), experts.stack(), Nobody())
     experts.compute = Fastest()
-    assert experts(x, None, Stay(rows_A=(3,)), experts.stack(), EMPTY).shape == (3, 6)
+    assert experts(x, None, Stay(rows_A=(3,)), experts.stack(), Nobody()).shape == (3, 6)
+
+
+@dataclass(frozen=True)
+class _Visiting:
+    """Guests that are here already, and whose gradients nobody wants."""
+
+    stack: Stack
+    any: bool = True
+    keeps: bool = True
+
+    @property
+    def guests(self) -> int:
+        return len(self.stack.up)
+
+    def fetch(self, weights: Sequence[Tensor]) -> Stacks:
+        return Here([weight for weight in self.stack if weight is not None])
+
+    def give_back(self, grads: Sequence[Tensor]) -> Stacks:
+        return Here([])
+
+    def add(self, grad: Tensor, came: Tensor) -> None:
+        raise AssertionError
 
 
 def test_visitors_compute_after_the_experts_at_home() -> None:
@@ -70,7 +94,10 @@ def test_visitors_compute_after_the_experts_at_home() -> None:
     two = Stack(all_three.up[1:], all_three.down[1:], None, None)
     x = torch.randn(6, 8)
     stay = Stay(rows_A=(1, 2, 3))
-    apart, together = all_three(x, None, stay, one, two), all_three(x, None, stay, all_three.stack(), EMPTY)
+    apart, together = (
+        all_three(x, None, stay, one, _Visiting(two)),
+        all_three(x, None, stay, all_three.stack(), Nobody()),
+    )
     torch.testing.assert_close(apart, together)
 
 
@@ -80,7 +107,7 @@ def test_nan_in_an_expert_without_rows_stays_there(compute: Any) -> None:
     with torch.no_grad():
         experts.up[1] = float("nan")
     x = torch.randn(4, 8, requires_grad=True)
-    out = experts(x, None, Stay(rows_A=(4, 0)), experts.stack(), EMPTY)
+    out = experts(x, None, Stay(rows_A=(4, 0)), experts.stack(), Nobody())
     out.square().sum().backward()
     assert out.isfinite().all()
     assert x.grad is not None

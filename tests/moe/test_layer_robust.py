@@ -245,17 +245,17 @@ def test_rows_in_and_out_of_every_collective_equal_the_plan(world: Worlds) -> No
 
 
 def _collectives() -> tuple[list[Any], list[Any]]:
-    """(rows sent, rows received) of each all-to-all: tokens and weights out, results home; and back in backward."""
+    """(rows sent, rows received) of each all-to-all: tokens, then weights out, results home; and back in backward."""
     layer, x = layer_of(top_k=1), my_tokens(skew=20.0).requires_grad_()
     plans: list[Any] = []
     layer.observe(lambda choice, assignment: plans.append(assignment))
     calls: list[Any] = []
     real = dist.all_to_all_single
 
-    def logged(out: Tensor, source: Tensor, recv: list[int], send: list[int], group: Any = None) -> None:
+    def logged(out: Tensor, source: Tensor, recv: list[int], send: list[int], **others: Any) -> Any:
         assert (len(source), len(out)) == (sum(send), sum(recv))
         calls.append((send, recv))
-        real(out, source, recv, send, group=group)
+        return real(out, source, recv, send, **others)
 
     dist.all_to_all_single = logged
     try:
@@ -269,8 +269,8 @@ def _collectives() -> tuple[list[Any], list[Any]]:
     borrowed = [sum(loan.borrower == rank and loan.lender == other for loan in loans) for other in range(3)]
     assert loans
     tokens_out = (flow_RR[rank].tolist(), flow_RR[:, rank].tolist())
-    forward = [(lent, borrowed), tokens_out, tokens_out[::-1]]
-    backward = [tokens_out, tokens_out[::-1], (borrowed, lent)]
+    forward = [tokens_out, (lent, borrowed), tokens_out[::-1]]
+    backward = [tokens_out, (borrowed, lent), tokens_out[::-1]]
     return calls, forward + backward
 
 

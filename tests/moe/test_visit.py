@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe import GELU, Experts, Fastest, Grouped, Loop, ReLU2, SwiGLU
+from moe import GELU, Experts, Fastest, Grouped, Loop, Native, ReLU2, SwiGLU
 from moe.activation import Activation, linearise
 from moe.comm import Peers
-from moe.compute import Compute, Stack
+from moe.compute import Compute
 from moe.dispatch import Dispatch
+from moe.guests import Nobody
 from placement import RoundRobin, Topology
 from routing import AtHome, Choice
 
@@ -26,6 +27,12 @@ pytestmark = pytest.mark.fast
 ACTIVATIONS = [SwiGLU(), GELU(), ReLU2()]
 BUSY = 17  # a seed of six tokens and three experts
 NAMES = [type(activation).__name__ for activation in ACTIVATIONS]
+
+
+@pytest.fixture(autouse=True)
+def _compiled_for_native(request: pytest.FixtureRequest) -> None:
+    if "Native" in request.node.name:
+        request.getfixturevalue("compiled")
 
 
 def choose(expert_TK: Tensor, num_experts: int, weight_TK: Tensor, *, as_rows: bool = False) -> Choice:
@@ -52,10 +59,6 @@ def alone(choice: Choice) -> Dispatch:
     experts = choice.num_experts
     home = RoundRobin().place(experts, Topology.fitting(num_experts=experts, ranks=1, ranks_per_node=1))
     return Dispatch.of(choice, AtHome()(choice.load_E.numpy()[None], home), range(experts), Peers.of(None))
-
-
-def none_of(experts: Experts) -> Stack:
-    return Stack(*(None if weight is None else weight.detach()[:0] for weight in experts.stack()))  # type: ignore[arg-type]
 
 
 def literal(x_TD: Tensor, choice: Choice, experts: Experts) -> Tensor:
@@ -114,8 +117,7 @@ class Case:
 
     def ours(self) -> Tensor:
         choice = self.choice()
-        own, none = self.experts.stack(), none_of(self.experts)
-        return self.experts(self.x_TD, choice.weight_N, alone(choice), own, none)
+        return self.experts(self.x_TD, choice.weight_N, alone(choice), self.experts.stack(), Nobody())
 
     def literal(self) -> Tensor:
         return literal(self.x_TD, self.choice(), self.experts)
@@ -147,8 +149,27 @@ def test_grouped_has_the_gradients_of_the_literal_formula(activation: Any, seed:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("compute", [Loop(), Grouped()], ids=str)
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.usefixtures("compiled")
+@given(seed=st.integers(0, 10**6), wants=st.integers(0, 15), threads=st.sampled_from([1, 1, 2]))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_native_has_the_gradients_of_the_literal_formula(seed: int, wants: int, threads: int) -> None:
+    case, before = Case.of(seed, Native(), SwiGLU(), False, torch.float32), torch.get_num_threads()
+    for bit, leaf in enumerate(case.leaves):
+        leaf.requires_grad_(bool(wants >> bit & 1))
+    torch.set_num_threads(threads)
+    try:
+        seen = grads(case.ours, case.leaves)
+    finally:
+        torch.set_num_threads(before)
+    for got, want in zip(seen, grads(case.literal, case.leaves), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "compute, bias",
+    [(Loop(), False), (Loop(), True), (Grouped(), False), (Grouped(), True), (Native(), False)],
+    ids=str,
+)
 def test_bf16_is_no_further_from_exact_than_autograd_in_bf16(compute: Any, bias: bool) -> None:
     """In the mean over all entries, with a tenth to spare for chance."""
     totals = torch.zeros(2)
@@ -219,7 +240,7 @@ def kept_bytes(run: Callable[[], Tensor], given: list[Tensor]) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("compute", [Loop(), Grouped()], ids=str)
+@pytest.mark.parametrize("compute", [Loop(), Grouped(), Native()], ids=str)
 def test_only_what_enters_the_activations_is_kept(compute: Any) -> None:
     """In the proportions of the workload wide-64x8 less than half of what a grouped implementation on autograd keeps:
     rows, h, silu, its product, results and their weighted copy."""
@@ -230,11 +251,11 @@ def test_only_what_enters_the_activations_is_kept(compute: Any) -> None:
     weight_TK = torch.rand(tokens, top_k, requires_grad=True)
     expert_TK = torch.rand(tokens, num_experts).topk(top_k).indices
     choice = choose(expert_TK, num_experts, weight_TK)
-    dispatch, own, none = alone(choice), experts.stack(), none_of(experts)
+    dispatch, own = alone(choice), experts.stack()
     given = [x_TD, weight_TK, *experts.parameters()]
     rows = tokens * top_k
     h_bytes = rows * 2 * hidden * 2
-    assert kept_bytes(lambda: experts(x_TD, choice.weight_N, dispatch, own, none), given) == h_bytes
+    assert kept_bytes(lambda: experts(x_TD, choice.weight_N, dispatch, own, Nobody()), given) == h_bytes
 
     def grouped() -> Tensor:
         end_A = torch.tensor(dispatch.rows_A).cumsum(0).to(torch.int32)
@@ -246,7 +267,7 @@ def test_only_what_enters_the_activations_is_kept(compute: Any) -> None:
 
     assert kept_bytes(grouped, given) >= 2 * h_bytes
     with torch.no_grad():
-        assert kept_bytes(lambda: experts(x_TD, choice.weight_N, dispatch, own, none), given) == 0
+        assert kept_bytes(lambda: experts(x_TD, choice.weight_N, dispatch, own, Nobody()), given) == 0
 
 
 def test_no_gradient_of_a_gradient_is_invented() -> None:

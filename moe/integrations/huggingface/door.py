@@ -14,10 +14,11 @@ import numpy as np
 import transformers
 from torch import Tensor, nn
 
-from moe.compute import Fastest, Stack
+from moe.compute import Fastest
 from moe.config import MoEConfig
 from moe.integrations.huggingface.experts import HostExperts, HostGate, layout, names_of
 from moe.integrations.huggingface.layer import HostMoE
+from moe.stack import Stack
 from placement import Placement
 from routing import Assigner, AtHome
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from moe.compute import Compute, Fastest, Stack
+from moe.compute import Compute, Fastest
 from moe.experts import Experts
+from moe.stack import Stack
 
 MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
 

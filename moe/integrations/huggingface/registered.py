@@ -12,10 +12,12 @@ import transformers
 from torch import Tensor, nn
 
 from moe.comm import Peers
-from moe.compute import Fastest, Stack
+from moe.compute import Fastest
 from moe.dispatch import Dispatch
 from moe.experts import compute_dtype
+from moe.guests import Nobody
 from moe.integrations.huggingface.experts import HostGate, layout, names_of, problem_with, sizes_of
+from moe.stack import Stack
 from moe.visit import visit
 from routing import NOWHERE, Assignment, Choice, token_major
 
@@ -50,8 +52,7 @@ def experts_forward(host: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     )
     stack = Stack._make(None if weight is None else weight.to(dtype) for weight in whole)
     gate = HostGate(experts=host, fan=2 if host.has_gate else 1)
-    none = Stack._make(None if weight is None else weight.detach()[:0] for weight in stack)
-    y_TD = visit(hidden_states.to(dtype), choice.weight_N, dispatch, stack, none, Fastest(), gate)
+    y_TD = visit(hidden_states.to(dtype), choice.weight_N, dispatch, stack, Nobody(), Fastest(), gate)
     return y_TD.to(hidden_states.dtype)
 
 

@@ -1,4 +1,4 @@
-"""exchange moves rows and its backward is its transpose; lend brings weights out and gradients home."""
+"""exchange moves rows and its backward is its transpose; Lending brings weights out and gradients home."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe import World, WorldError
-from moe.comm import Peers, exchange, lend, sum_over, tie, visitors
+from moe.comm import Lending, Peers, exchange, sum_over, tie, visitors
 from placement import Placement
 from routing import Loan
 
@@ -80,13 +80,10 @@ LOANS = (
 
 def test_visitors_are_the_lenders_weights_and_their_gradients_are_added_at_home(world: Worlds) -> None:
     answers = world(3).run(_lend_and_return, torch.float64)
-    assert answers[0].visiting == []
-    assert answers[1].visiting == [[0.0, 0.0], [3.0, 3.0]]
-    assert answers[2].visiting == [[0.0, 0.0]]
+    visiting, grad = zip(*answers)
+    assert visiting == ([], [[0.0, 0.0], [3.0, 3.0]], [[0.0, 0.0]])
     # each rank's own gradient is 1, a visitor's 10 * (borrower + 1)
-    assert answers[0].grad == [[1.0 + 20.0 + 30.0] * 2, [1.0] * 2]
-    assert answers[1].grad == [[1.0] * 2]
-    assert answers[2].grad == [[1.0 + 20.0] * 2]
+    assert grad == ([[1.0 + 20.0 + 30.0] * 2, [1.0] * 2], [[1.0] * 2], [[1.0 + 20.0] * 2])
 
 
 def test_gradients_come_home_in_fp32_and_are_rounded_once(world: Worlds) -> None:
@@ -95,36 +92,49 @@ def test_gradients_come_home_in_fp32_and_are_rounded_once(world: Worlds) -> None
     assert grads[0] == [[258.0]]
 
 
-class _Answer(tuple[Any, Any]):
-    @property
-    def visiting(self) -> Any:
-        return self[0]
-
-    @property
-    def grad(self) -> Any:
-        return self[1]
+def test_lending_is_the_adjoint_of_giving_back(world: Worlds) -> None:
+    """<guests of W, V> == <W, what comes home of V>, summed over the ranks."""
+    out, home = zip(*world(3).run(_there_and_back))
+    assert sum(out) == pytest.approx(sum(home), rel=1e-13)
 
 
-def _lend_and_return(dtype: torch.dtype) -> _Answer:
+def _there_and_back() -> tuple[float, float]:
+    peers = Peers.of(dist.group.WORLD)
+    lending = Lending.of(LOANS, PLACEMENT, peers)
+    generator = torch.Generator().manual_seed(peers.rank)
+    slots = len(PLACEMENT.experts_of(peers.rank))
+    weights = [torch.randn(slots, *shape, generator=generator, dtype=torch.float64) for shape in ((3, 2), (2,))]
+    guests = lending.fetch(weights).wait()
+    cotangents = [torch.randn(guest.shape, generator=generator, dtype=torch.float64) for guest in guests]
+    came = lending.give_back(cotangents).wait()
+    grads = [torch.zeros_like(weight) for weight in weights]
+    for grad, more in zip(grads, came, strict=True):
+        lending.add(grad, more)
+    pairs = (zip(guests, cotangents, strict=True), zip(weights, grads, strict=True))
+    out, home = (sum((left * right).sum().item() for left, right in pair) for pair in pairs)
+    return out, home
+
+
+def _lend_and_return(dtype: torch.dtype) -> tuple[Any, Any]:
     peers = Peers.of(dist.group.WORLD)
     ids = PLACEMENT.experts_of(peers.rank).tolist()
-    weight = torch.tensor([[float(e)] * 2 for e in ids], dtype=dtype, requires_grad=True)
-    (own,), (visiting,) = lend([weight], LOANS, PLACEMENT, peers)
-    assert len(visiting) == len(visitors(LOANS, peers.rank))
-    (own.sum() + 10 * (peers.rank + 1) * visiting.sum()).backward()
-    assert weight.grad is not None
-    return _Answer((visiting.tolist(), weight.grad.tolist()))
+    lending = Lending.of(LOANS, PLACEMENT, peers)
+    (visiting,) = lending.fetch([torch.tensor([[float(e)] * 2 for e in ids], dtype=dtype)]).wait()
+    assert len(visiting) == len(visitors(LOANS, peers.rank)) == lending.guests
+    (came,) = lending.give_back([torch.full_like(visiting, 10.0 * (peers.rank + 1))]).wait()
+    grad = torch.ones(len(ids), 2, dtype=dtype)
+    lending.add(grad, came)
+    return visiting.tolist(), grad.tolist()
 
 
 def _small_returns() -> Any:
     peers = Peers.of(dist.group.WORLD)
     placement = Placement(expert_RS=np.array([[0], [-1], [-1]]))
-    loans = tuple(Loan(expert=0, lender=0, borrower=borrower) for borrower in (1, 2))
-    weight = torch.ones(1 if peers.rank == 0 else 0, 1, dtype=torch.bfloat16, requires_grad=True)
-    (own,), (visiting,) = lend([weight], loans, placement, peers)
-    (256 * own.sum() + visiting.sum()).backward()
-    assert weight.grad is not None
-    return weight.grad.tolist()
+    lending = Lending.of([Loan(expert=0, lender=0, borrower=borrower) for borrower in (1, 2)], placement, peers)
+    grad = torch.full((1 if peers.rank == 0 else 0, 1), 256.0, dtype=torch.bfloat16)
+    (came,) = lending.give_back([torch.ones(lending.guests, 1, dtype=torch.bfloat16)]).wait()
+    lending.add(grad, came)
+    return grad.tolist()
 
 
 def test_copies_end_with_one_gradient_to_the_bit(world: Worlds) -> None:
