@@ -30,7 +30,7 @@ test: $(VENV)/ready
 	@$(RUN)/ruff check .
 	@$(RUN)/mypy
 	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
-	@$(RUN)/python -m pytest
+	@$(RUN)/python -m pytest -n 2
 
 docs: $(VENV)/ready
 	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
