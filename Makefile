@@ -1,19 +1,21 @@
 # make demo: the main job on four CPU processes. make test: what CI runs. make check: under a minute, before each commit.
+# make docs: the pages of docs/ as a site, in build/site.
 # make native: the optional C++ path, into the user's cache.
 PYTHON ?= python3.11
 PIP_FLAGS ?= --disable-pip-version-check --quiet
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: demo native test check format bench clean
+.PHONY: demo native test chaos check format bench docs clean
 .DEFAULT_GOAL := check
 
+# DS_BUILD_OPS=0: DeepSpeed compiles nothing while it is installed.
 $(VENV)/ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; install it, or name another from 3.11 on: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) >/dev/null || { echo "make: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install $(notdir $(PYTHON))-venv"; exit 1; }
 	@echo "installing into $(VENV) (once; torch is a large download)"
-	@$(VENV)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	@DS_BUILD_OPS=0 $(VENV)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/ready
@@ -27,7 +29,14 @@ test: $(VENV)/ready
 	@$(RUN)/ruff format --check .
 	@$(RUN)/ruff check .
 	@$(RUN)/mypy
-	@$(RUN)/python -m pytest
+	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
+	@$(RUN)/python -m pytest -n 2
+
+docs: $(VENV)/ready
+	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
+
+chaos: $(VENV)/ready
+	@$(RUN)/python -m pytest tests/moe/live -m "chaos or not chaos"
 
 check: $(VENV)/ready
 	@$(RUN)/ruff format --check .

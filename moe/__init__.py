@@ -4,9 +4,10 @@ from moe import checkpoint
 from moe.activation import GELU, ReLU2, SwiGLU
 from moe.census import census
 from moe.clip import clip_grad_norm, grad_norm
-from moe.comm import EVERYONE, World, WorldError, nodes_of
+from moe.comm import EVERYONE, Server, World, WorldError, nodes_of
 from moe.compute import Fastest, Grouped, Loop, Native
 from moe.config import MoEConfig
+from moe.coordinator import Coordinator
 from moe.data_parallel import average_expert_grads, expert_parameters, leave_experts_alone
 from moe.elastic import Elastic, Pulse
 from moe.experts import Experts
@@ -14,22 +15,28 @@ from moe.guestbook import lasting_visits
 from moe.guests import KeepGuests, RefetchGuests
 from moe.layer import MoE
 from moe.levy import charge
+from moe.live import Live
 from moe.meters import Meters
 from moe.moving import Moved, move_experts, plan_of
 from moe.parity import assert_ep_parity
 from moe.prices import settle_after, settle_prices
 from moe.record import Recorder
+from moe.recovery import ExpertsLostError
 from moe.reference import reference
 from moe.shards import export_safetensors, import_safetensors
+from moe.terms import Terms
 
 __all__ = [
     "EVERYONE",
     "GELU",
+    "Coordinator",
     "Elastic",
     "Experts",
+    "ExpertsLostError",
     "Fastest",
     "Grouped",
     "KeepGuests",
+    "Live",
     "Loop",
     "Meters",
     "MoE",
@@ -40,7 +47,9 @@ __all__ = [
     "ReLU2",
     "Recorder",
     "RefetchGuests",
+    "Server",
     "SwiGLU",
+    "Terms",
     "World",
     "WorldError",
     "assert_ep_parity",

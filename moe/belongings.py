@@ -6,12 +6,14 @@ experts in the slots. Numbers, such as the count of steps, it keeps once for all
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moe.comm import WORD
 from moe.layer import MoE
 
 
@@ -68,11 +70,42 @@ def line_bytes(tensor: Tensor) -> int:
     return tensor.shape[1:].numel() * tensor.element_size()
 
 
+def packed(stacked: Mapping[str, Tensor], slot: int, expert_bytes: int) -> Tensor:
+    """All that belongs to an expert as bytes, filled up to whole words."""
+    device = next(iter(stacked.values())).device
+    parts = [stack[slot].to(device).contiguous().reshape(-1).view(torch.uint8) for stack in stacked.values()]
+    return torch.cat([*parts, parts[0].new_zeros(padded_bytes(expert_bytes) - expert_bytes)])
+
+
+def restacked(
+    stacked: Mapping[str, Tensor], slot_of: Mapping[int, int], arrived: Mapping[int, Tensor], ids: Sequence[int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every stack anew, in the order of ids: who was here before, and who arrived."""
+    start = 0
+    for name, stack in stacked.items():
+        fresh = stack.new_empty(len(ids), *stack.shape[1:])
+        end = start + stack.shape[1:].numel() * stack.element_size()
+        for slot, expert in enumerate(ids):
+            if expert in arrived:
+                fresh[slot] = arrived[expert][start:end].clone().view(stack.dtype).view(stack.shape[1:])
+            else:
+                fresh[slot] = stack[slot_of[expert]]
+        start = end
+        yield name, fresh
+
+
+def padded_bytes(expert_bytes: int) -> int:
+    """Filled up to whole words, as it travels."""
+    return -(-expert_bytes // WORD) * WORD
+
+
 def layers_of(model: nn.Module) -> dict[str, MoE]:
-    """The MoE layers by their names, each once."""
+    """The MoE layers by their names, each once. Their experts must be plain tensors, which have a line for each."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     if not layers:
         raise ValueError("the model has no MoE layer")
+    for layer in layers.values():
+        layer.experts.check_whole()
     return layers
 
 

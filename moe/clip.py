@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from moe.comm import Peers, max_over, sum_over
+from moe.comm import Peers, here, is_shard, join, shard_powers
 from moe.dispatch import upload
 from moe.layer import MoE
 
@@ -19,31 +19,31 @@ from moe.layer import MoE
 def grad_norm(model: nn.Module, norm_type: float = 2.0) -> Tensor:
     """The norm over every parameter's gradient, the same on every rank. Every rank of every layer's group must call.
 
-    Gradients of parameters outside the experts must already be the same on every rank, as DDP leaves them. Where
-    experts live does not change the norm, not even its last bit.
+    Gradients of parameters outside the experts must already be the same on every rank, as DDP leaves them, or DTensors,
+    as FSDP leaves them: of those each element is counted once. Where experts live does not change the norm, not even
+    its last bit; of DTensors it may.
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type={norm_type}; use a number > 0, or inf")
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    of_experts = {id(weight) for layer in layers for weight in layer.experts.parameters()}
-    replicated = [p.grad for p in model.parameters() if id(p) not in of_experts and p.grad is not None]
+    shards = [weight for weight in model.parameters() if is_shard(weight)]
+    elsewhere = {id(weight) for weight in shards}
+    elsewhere |= {id(weight) for layer in layers for weight in layer.experts.parameters()}
+    replicated = [p.grad for p in model.parameters() if id(p) not in elsewhere and p.grad is not None]
     total = _power(replicated, norm_type, _device(model))
+    of_shards = shard_powers([(weight, weight.grad) for weight in shards], norm_type)
+    if of_shards is not None:
+        total = torch.maximum(total, of_shards) if norm_type == torch.inf else total + of_shards
     by_group: dict[int, tuple[Peers, list[Tensor]]] = {}
     for layer in layers:
         rows = [row_E.to(total.device) for row_E in _expert_powers(layer, norm_type)]
         by_group.setdefault(id(layer.peers.group), (layer.peers, []))[1].extend(rows)
     for peers, rows in by_group.values():
-        part = torch.cat(
-            rows
-        )  # every expert has its place, and is added where it has it: the same sum wherever it lives
-        if norm_type != torch.inf:
-            sum_over([part], peers)
-            total = total + part.sum()
+        if not rows:
             continue
-        nans = part.isnan().to(part.dtype)  # a backend's maximum may pass over a NaN
-        sum_over([nans], peers)
-        max_over([part], peers)
-        total = torch.maximum(total, part.where(nans == 0, torch.nan).max())
+        # Every expert has its place, and is added where it has it: the same sum wherever it lives.
+        part = join(torch.cat(rows), [peers], norm_type)
+        total = torch.maximum(total, part.max()) if norm_type == torch.inf else total + part.sum()
     return total if norm_type == torch.inf else total ** (1.0 / norm_type)
 
 
@@ -57,9 +57,8 @@ def clip_grad_norm(
     shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.grad.mul_(
-                shrink.to(parameter.grad.device)
-            )  # not in the gradient's type: fp16 would round it to 0
+            grad = here(parameter.grad)
+            grad.mul_(shrink.to(grad.device))  # not in the gradient's type: fp16 would round it to 0
     return norm
 
 
@@ -69,6 +68,8 @@ def _expert_powers(layer: MoE, norm_type: float) -> Iterator[Tensor]:
     slots = [slot for slot, expert in enumerate(layer.experts.expert_ids) if home_E[expert] == rank]
     ids = [layer.experts.expert_ids[slot] for slot in slots]
     for weight in layer.experts.parameters():
+        if is_shard(weight):  # its own mesh counts it
+            continue
         row_E = torch.zeros(layer.config.num_experts, dtype=torch.float64, device=weight.device)
         if weight.grad is not None and slots:
             slot_H, expert_H = upload([slots, ids], weight.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.activation import Activation, SwiGLU
+from moe.comm import here, is_shard, put
 from moe.compute import Compute, Fastest
 from moe.guests import Guests
 from moe.stack import Stack
@@ -63,10 +64,11 @@ class Experts(nn.Module):
             for name, weight in self.named_parameters():
                 bound = (self.up if name.startswith("up") else self.down).shape[2] ** -0.5
                 drawn = torch.rand(weight.shape[1:], generator=generator, device="cpu", dtype=torch.float32)
-                weight[slot].copy_(drawn * (2 * bound) - bound)
+                put(drawn * (2 * bound) - bound, weight, slot, len(self.expert_ids))
 
     def rehouse(self, expert_ids: Sequence[int], weights: Mapping[str, Tensor]) -> None:
         """Hold other experts from now on. The parameters stay the objects they are, for whoever refers to them."""
+        self.check_whole()
         for name, weight in self.named_parameters():
             wanted = (len(expert_ids), *weight.shape[1:])
             if weights[name].shape != wanted or weights[name].dtype != weight.dtype:
@@ -80,8 +82,18 @@ class Experts(nn.Module):
             weight.grad = None
         self.expert_ids = tuple(expert_ids)
 
+    def check_whole(self) -> None:
+        """Experts are told apart by their lines in plain tensors."""
+        if any(is_shard(weight) for weight in self.parameters()):
+            raise ValueError(
+                "these experts are DTensors, which stay where they are; save and load them with "
+                "torch.distributed.checkpoint, which takes them to any number of ranks"
+            )
+
     def stack(self) -> Stack:
-        return Stack(self.up, self.down, self.up_bias, self.down_bias)
+        """What this rank computes with: of a DTensor, its part."""
+        up_bias, down_bias = (None if bias is None else here(bias) for bias in (self.up_bias, self.down_bias))
+        return Stack(here(self.up), here(self.down), up_bias, down_bias)
 
     def forward(self, x_TD: Tensor, weight_N: Tensor | None, trip: Trip, own: Stack, guests: Guests) -> Tensor:
         """Tokens to the experts, by whatever way, and the weighted sum of the results back. -> y_TD"""

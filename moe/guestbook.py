@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from moe.comm import Lending, Peers, visitors
 from moe.guests import Guests, Here, Stacks
-from placement import Placement
 from routing import Loan
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Guestbook:
         self._held_R = [{} for _ in range(self.peers.size)]
         self._guests, self._version = {}, None
 
-    def admit(self, loans: Sequence[Loan], placement: Placement) -> Guests:
+    def admit(self, loans: Sequence[Loan], ids: Sequence[int]) -> Guests:
         new = [loan for loan in loans if loan.expert not in self._held_R[loan.borrower]]
         for rank, held in enumerate(self._held_R):
             for expert in visitors(loans, rank):
@@ -54,11 +53,9 @@ class Guestbook:
                 held[expert] = None
             for expert in list(held)[: max(0, len(held) - self.most)]:
                 del held[expert]
-        whole = Lending.of(loans, placement, self.peers)
+        whole = Lending.of(loans, ids, self.peers)
         mine = tuple(visitors(loans, self.peers.rank))
-        return _Lasting(
-            whole, Lending.of(new, placement, self.peers), mine, tuple(visitors(new, self.peers.rank)), self
-        )
+        return _Lasting(whole, Lending.of(new, ids, self.peers), mine, tuple(visitors(new, self.peers.rank)), self)
 
     def join(
         self, mine: Sequence[int], new: Sequence[int], arrived: Sequence[Tensor], like: Sequence[Tensor]

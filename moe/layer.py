@@ -129,6 +129,7 @@ class MoE(nn.Module):
 
     def expert_state(self) -> dict[int, dict[str, Tensor]]:
         """{expert: {name: tensor}} of the experts this rank homes, sharing memory with the parameters."""
+        self.experts.check_whole()
         return {
             expert: {name: weight.detach()[slot] for name, weight in self.experts.named_parameters()}
             for slot, expert in enumerate(self.experts.expert_ids)
@@ -138,6 +139,7 @@ class MoE(nn.Module):
     @torch.no_grad()
     def load_expert_state(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
         """From any such dict that holds this rank's experts, wherever they lived when it was saved. All, or nothing."""
+        self.experts.check_whole()
         copies: list[tuple[Tensor, Tensor]] = []
         for name, weight in self.experts.named_parameters():
             for slot, expert in enumerate(self.experts.expert_ids):
@@ -162,6 +164,23 @@ class MoE(nn.Module):
             self.guestbook.clear()
         self.experts.rehouse(placement.experts_of(self.peers.rank).tolist(), weights)
         self.placement = placement
+
+    def resettle(self, placement: Placement, peers: Peers) -> None:
+        """Another placement among other peers from the next step on. The weights stay: experts that the placement does
+        not put here get no rows. Every rank must call; see Live."""
+        _placement(self.config, peers, placement)
+        if missing := set(placement.experts_of(peers.rank).tolist()) - set(self.experts.expert_ids):
+            raise ValueError(f"the placement puts experts {sorted(missing)} on this rank, which does not hold them")
+        if self.guestbook is not None:
+            raise ValueError("guests stay inside lasting_visits(model); leave it before ranks change")
+        self.placement, self.peers = placement, peers
+
+    def set_deepspeed_parallelism(self, *_: Any) -> None:
+        """A DeepSpeed engine calls it while it is made. It would take experts for parameters that all ranks share."""
+        raise ValueError(
+            "DeepSpeed does not know that these experts differ from rank to rank, and would average them; in the place "
+            "of deepspeed.initialize use moe.integrations.deepspeed.initialize, with the same arguments"
+        )
 
     def extra_repr(self) -> str:
         return f"rank {self.peers.rank} of {self.peers.size}, {self.config.assigner}"
@@ -231,7 +250,8 @@ class MoE(nn.Module):
         """The experts at home, of which copies elsewhere share their gradients."""
         stack = self.experts.stack()
         names = [name for name, weight in zip(Stack._fields, stack) if weight is not None]
-        weights = tie([weight for weight in stack if weight is not None], self.placement, self.peers)
+        ids = self.experts.expert_ids
+        weights = tie([weight for weight in stack if weight is not None], ids, self.placement, self.peers)
         empty: dict[str, Tensor | None] = {"up_bias": None, "down_bias": None}
         return Stack(**(empty | dict(zip(names, weights))))  # type: ignore[arg-type]
 
@@ -239,8 +259,8 @@ class MoE(nn.Module):
         if not loans:
             return Nobody()
         if self.guestbook is not None:
-            return self.guestbook.admit(loans, self.placement)
-        return self.config.guests(Lending.of(loans, self.placement, self.peers))
+            return self.guestbook.admit(loans, self.experts.expert_ids)
+        return self.config.guests(Lending.of(loans, self.experts.expert_ids, self.peers))
 
 
 def _placement(config: MoEConfig, peers: Peers, placement: Placement | None) -> Placement:

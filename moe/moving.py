@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moe.belongings import Belongings, layers_of
-from moe.comm import EVERYONE, WORD, Everyone, Group, Peers, gather_counts, gather_objects, ship
+from moe.belongings import Belongings, layers_of, packed, padded_bytes, restacked
+from moe.comm import EVERYONE, Everyone, Group, Peers, gather_counts, gather_objects, ship
 from moe.layer import MoE
 from placement import Migration, Plan, Wave, as_given, migrate
 
@@ -133,8 +133,8 @@ def _carry_out(wave: Wave, layer: MoE, optimizer: Optimizer | None, expert_bytes
     stacked, slot_of = Belongings.of(layer, optimizer).stacked, _slots(layer)
     leaving = sorted((move for move in wave.move_N if move.source == rank), key=lambda m: (m.destination, m.expert))
     coming = sorted((move for move in wave.move_N if move.destination == rank), key=lambda m: (m.source, m.expert))
-    rows = [_packed(stacked, slot_of[move.expert], expert_bytes) for move in leaving]
-    width = -(-expert_bytes // WORD) * WORD
+    rows = [packed(stacked, slot_of[move.expert], expert_bytes) for move in leaving]
+    width = padded_bytes(expert_bytes)
     row_NB = torch.stack(rows) if rows else layer.experts.up.new_empty(0, width, dtype=torch.uint8)
     send_R = [sum(move.destination == other for move in leaving) for other in range(size)]
     recv_R = [sum(move.source == other for move in coming) for other in range(size)]
@@ -144,7 +144,7 @@ def _carry_out(wave: Wave, layer: MoE, optimizer: Optimizer | None, expert_bytes
     fresh: dict[str, Tensor] = {}
     short = torch.zeros_like(damaged)
     try:
-        fresh = dict(_restacked(stacked, slot_of, arrived, ids))
+        fresh = dict(restacked(stacked, slot_of, arrived, ids))
     except RuntimeError:  # out of memory, on a GPU a kind of it
         short += 1
     found_RX = gather_counts(torch.stack([damaged, short]), layer.peers)
@@ -163,27 +163,3 @@ def _carry_out(wave: Wave, layer: MoE, optimizer: Optimizer | None, expert_bytes
 
 def _slots(layer: MoE) -> dict[int, int]:
     return {expert: slot for slot, expert in enumerate(layer.experts.expert_ids)}
-
-
-def _packed(stacked: Mapping[str, Tensor], slot: int, expert_bytes: int) -> Tensor:
-    """All that belongs to an expert as bytes, filled up to whole words."""
-    device = next(iter(stacked.values())).device
-    parts = [stack[slot].to(device).contiguous().reshape(-1).view(torch.uint8) for stack in stacked.values()]
-    return torch.cat([*parts, parts[0].new_zeros(-expert_bytes % WORD)])
-
-
-def _restacked(
-    stacked: Mapping[str, Tensor], slot_of: Mapping[int, int], arrived: Mapping[int, Tensor], ids: Sequence[int]
-) -> Iterator[tuple[str, Tensor]]:
-    """Every stack anew, in the order of ids: who was here before, and who arrived."""
-    start = 0
-    for name, stack in stacked.items():
-        fresh = stack.new_empty(len(ids), *stack.shape[1:])
-        end = start + stack.shape[1:].numel() * stack.element_size()
-        for slot, expert in enumerate(ids):
-            if expert in arrived:
-                fresh[slot] = arrived[expert][start:end].clone().view(stack.dtype).view(stack.shape[1:])
-            else:
-                fresh[slot] = stack[slot_of[expert]]
-        start = end
-        yield name, fresh

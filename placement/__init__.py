@@ -6,6 +6,7 @@ from placement.bounds import Certificate
 from placement.calibrate import calibrate
 from placement.certify import Verdict, verify
 from placement.eplb import rebalance_experts
+from placement.fewest import fewest_moves
 from placement.greedy import Packed, Planner, RoundRobin
 from placement.groups import PricedGroups, StrictGroups
 from placement.ilp import Ilp, IlpWhole
@@ -53,6 +54,7 @@ __all__ = [
     "advise",
     "as_given",
     "calibrate",
+    "fewest_moves",
     "merge",
     "migrate",
     "moved",

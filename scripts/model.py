@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from moe import MoE, MoEConfig
 from moe.comm import Group
 from placement import Plan
+from scripts.serving.cache import Cache, Past, Spots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,17 @@ class Block(nn.Module):
         y: Tensor = x + self.moe(self.norm_out(x))
         return y
 
+    def attend(self, x_TD: Tensor, past: Past, spots: Spots) -> Tensor:
+        """Tokens of any sequences, each looking at its own past; they are in it afterwards."""
+        q_TD, key_TD, value_TD = self.qkv(self.norm_in(x_TD)).chunk(3, dim=-1)
+        past.write(key_TD, value_TD, spots)
+        key_TPD, value_TPD, seen_TP = past.read(spots)
+        q = rearrange(q_TD, "t (h d) -> t h 1 d", h=self.heads)
+        k, v = (rearrange(part, "t p (h d) -> t h p d", h=self.heads) for part in (key_TPD, value_TPD))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_TP[:, None, None, :])
+        y_TD: Tensor = x_TD + self.out(rearrange(attended, "t h 1 d -> t (h d)"))
+        return y_TD
+
 
 class Bytes(nn.Module):
     """The next byte from those before it. byte_BT -> logits [B, T, 256]"""
@@ -57,3 +70,30 @@ class Bytes(nn.Module):
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+    def extend(self, byte_T: Tensor, spots: Spots, cache: Cache) -> Tensor:
+        """The same from a cache: some tokens more of some sequences, a sequence's in order and without gaps.
+
+        byte_T: any number of tokens of each, none too. -> logits_TV, as forward would have them at these places
+        """
+        x_TD = self.embed(byte_T, spots)
+        for block, past in zip(self.layers, cache.layers, strict=True):
+            x_TD = block.attend(x_TD, past, spots)
+            x_TD = x_TD + block.moe(block.norm_out(x_TD))
+        return self.logits(x_TD)
+
+    @property
+    def layers(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def embed(self, byte_T: Tensor, spots: Spots) -> Tensor:
+        x_TD: Tensor = self.byte(byte_T) + self.place(spots.place_T)
+        return x_TD
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        logits_TV: Tensor = self.head(self.norm(x_TD))
+        return logits_TV
+
+    def cache(self, slots: int) -> Cache:
+        shape = self.shape
+        return Cache(shape.layers, slots, shape.length, shape.moe.dim, self.head.weight.detach())

@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 2 -m scripts.train --balance bip --steps 1000 -o out/bip
 
 Experts are spread over all ranks, everything else is data-parallel. Writes to the folder: log.jsonl, a line every few
-steps; one checkpoint for each rank, from which the same command goes on; result.json at the end.
+steps; one checkpoint for each rank, from which the same command goes on; at the end result.json, and the model by
+expert, for scripts.generate on any number of ranks.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from moe import (
     MoEConfig,
     average_expert_grads,
     charge,
+    checkpoint,
     clip_grad_norm,
     leave_experts_alone,
     settle_prices,
 )
-from moe.comm import Group, Peers, sum_over, world_group
+from moe.comm import Group, Peers, gather_objects, sum_over, world_group
 from routing import (
     Bip,
     GlobalLoss,
@@ -51,6 +53,8 @@ from routing import (
 )
 from scripts.model import Bytes, Shape
 from scripts.text import batch_of, split_by_file
+
+MODEL, SHAPE = "model", "shape.pt"  # in the folder of a run that is done: moe.checkpoint's folder, and a Shape
 
 BALANCE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -161,11 +165,11 @@ def train(trainer: Trainer, folder: Path, *, save_every: int = 200, log_every: i
     """To the end, from the folder's checkpoint if it has one. -> what came out, also in result.json"""
     peers = trainer.peers
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / f"rank{peers.rank}of{peers.size}.pt"
+    own = folder / f"rank{peers.rank}of{peers.size}.pt"
     if others := sorted(path.name for path in folder.glob("rank*of*.pt") if f"of{peers.size}." not in path.name):
         raise ValueError(f"{folder} has checkpoints of another number of ranks, {others}; this run has {peers.size}")
-    if checkpoint.exists():
-        trainer.load(checkpoint)
+    if own.exists():
+        trainer.load(own)
     learnt, unseen = split_by_file()
     log = JsonLines(folder / "log.jsonl")
     shown = Progress(disable=peers.rank != 0 or not sys.stderr.isatty())
@@ -181,8 +185,12 @@ def train(trainer: Trainer, folder: Path, *, save_every: int = 200, log_every: i
                 if peers.rank == 0:
                     log(step, {"run": {"loss": loss.item(), "max_vio": vio, "seconds": trainer.seconds}})
             if step % save_every == 0 or step == trainer.run.steps:
-                trainer.save(checkpoint)
+                trainer.save(own)
             shown.update(bar, completed=step, description=f"loss {loss.item():.3f}" if step % 10 == 0 else None)
+    if not gather_objects((folder / MODEL).exists(), peers)[0]:
+        if peers.rank == 0:
+            torch.save(trainer.run.shape, folder / SHAPE)
+        checkpoint.save(folder / MODEL, trainer.model, group=trainer.group)
     result = _result(trainer, unseen)
     if peers.rank == 0:
         (folder / "result.json").write_text(json.dumps(result, indent=1))

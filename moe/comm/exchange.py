@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.comm.group import Peers
+from moe.comm.group import Peers, reaching_peers
 
 
 def exchange(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: Peers) -> Tensor:
@@ -25,6 +25,23 @@ def exchange(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers
         return _swap(row_ND, send_R, recv_R, peers)
     row_MD: Tensor = _Exchange.apply(row_ND, send_R, recv_R, peers)  # type: ignore[no-untyped-call]
     return row_MD
+
+
+def gather_rows(row_ND: Tensor, count_R: Sequence[int], peers: Peers) -> Tensor:
+    """Every rank's rows on every rank: count_R[r] from rank r, in the order of the ranks. Not differentiable.
+
+    Messages are as long as the longest: the backends want them equal.
+    """
+    if len(row_ND) != count_R[peers.rank]:
+        raise ValueError(f"{len(row_ND)} rows, but count_R={list(count_R)} says {count_R[peers.rank]} of this rank")
+    if peers.group is None:
+        return row_ND.clone()
+    longest = max(count_R)
+    padded = row_ND.new_zeros(longest, *row_ND.shape[1:])
+    padded[: len(row_ND)] = row_ND
+    every = [torch.empty_like(padded) for _ in count_R]
+    dist.all_gather(every, padded, group=peers.group)
+    return torch.cat([rows[:count] for rows, count in zip(every, count_R, strict=True)])
 
 
 class _Exchange(torch.autograd.Function):
@@ -51,7 +68,8 @@ class Arriving:
 
     def wait(self) -> Tensor:
         if self._work is not None:
-            self._work.wait()
+            with reaching_peers():
+                self._work.wait()
         return self._row_MD
 
 
@@ -60,7 +78,8 @@ def exchange_later(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int],
     if peers.group is None:
         return Arriving(row_ND, row_ND, None)
     row_MD, target, source = _sides(row_ND, recv_R)
-    work = dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group, async_op=True)
+    with reaching_peers():
+        work = dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group, async_op=True)
     return Arriving(row_MD, source, work)
 
 
@@ -68,7 +87,8 @@ def _swap(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: P
     if peers.group is None:
         return row_ND.clone()
     row_MD, target, source = _sides(row_ND, recv_R)
-    dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group)
+    with reaching_peers():
+        dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group)
     return row_MD
 
 

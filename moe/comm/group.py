@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Self, TypeAlias, TypeVar, cast
@@ -15,8 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from moe.comm.ballot import Ballot
+
 T = TypeVar("T")
-Group: TypeAlias = dist.ProcessGroup | DeviceMesh | None
+Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Peers | None"
+
+
+class PeersLostError(RuntimeError):
+    """A collective failed: another rank died, hangs or cannot be reached."""
 
 
 class Everyone(Enum):
@@ -32,16 +39,20 @@ EVERYONE = Everyone.EVERYONE
 class Peers:
     """A process group and this process's place in it. No group means this process alone, and no collectives.
 
-    Copying a module copies its weights; its peers stay the same, so copies share this object.
+    Copying a module copies its weights; its peers stay the same, so copies share this object. ballot: where ranks come
+    and go, what they tell each other in every step besides the counts.
     """
 
     group: dist.ProcessGroup | None
     rank: int
     size: int
+    ballot: Ballot | None = None
 
     @classmethod
     def of(cls, group: Group | Everyone) -> Self:
-        """group: a process group, a one-dimensional DeviceMesh, EVERYONE, or None for this process alone."""
+        """group: a process group, a one-dimensional DeviceMesh, EVERYONE, None for this process alone, or peers."""
+        if isinstance(group, Peers):
+            return cls(group.group, group.rank, group.size, group.ballot)
         if isinstance(group, Everyone):
             group = dist.group.WORLD if dist.is_initialized() else None
         if group is None:
@@ -59,14 +70,30 @@ class Peers:
         return self
 
 
+@contextmanager
+def reaching_peers() -> Iterator[None]:
+    """What a backend raises, by one name."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        raise PeersLostError(str(error)) from error
+
+
 def gather_counts(count_E: Tensor, peers: Peers) -> NDArray[np.int64]:
     """Every rank's row of whole numbers, on every host: the one host synchronisation of a layer. -> [ranks, ...]"""
+    if (ballot := peers.ballot) is not None:
+        words = [count_E.new_full((1,), word) for word in (ballot.epoch, ballot.ready)]
+        count_E = torch.cat([count_E, *words])
     if peers.group is None:
         count_RE = count_E[None]
     else:
         count_RE = count_E.new_empty(peers.size, len(count_E))
-        dist.all_gather(list(count_RE.unbind(0)), count_E.contiguous(), group=peers.group)
+        with reaching_peers():
+            dist.all_gather(list(count_RE.unbind(0)), count_E.contiguous(), group=peers.group)
     table: NDArray[np.int64] = count_RE.cpu().numpy()
+    if ballot is not None:
+        ballot.hear(table[:, -Ballot.WORDS :])
+        table = table[:, : -Ballot.WORDS]
     return table
 
 
@@ -88,7 +115,8 @@ def _reduce(tensors: Sequence[Tensor], peers: Peers, operation: dist.ReduceOp.Re
         alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for some in alike.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in some])
-        dist.all_reduce(flat, op=operation, group=peers.group)
+        with reaching_peers():
+            dist.all_reduce(flat, op=operation, group=peers.group)
         for tensor, part in zip(some, torch.split(flat, [tensor.numel() for tensor in some])):
             tensor.copy_(part.view_as(tensor))
 

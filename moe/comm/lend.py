@@ -59,8 +59,9 @@ class Lending:
     any: bool
 
     @classmethod
-    def of(cls, loans: Sequence[Loan], placement: Placement, peers: Peers) -> Self:
-        slot_of = {int(expert): slot for slot, expert in enumerate(placement.experts_of(peers.rank))}
+    def of(cls, loans: Sequence[Loan], ids: Sequence[int], peers: Peers) -> Self:
+        """ids: the experts in this rank's slots."""
+        slot_of = {expert: slot for slot, expert in enumerate(ids)}
         out = sorted((loan.borrower, loan.expert) for loan in loans if loan.lender == peers.rank)
         trip = _Trip(
             slots=tuple(slot_of[expert] for _, expert in out),
@@ -93,13 +94,14 @@ def visitors(loans: Sequence[Loan], rank: int) -> list[int]:
     return [expert for _, expert in sorted((loan.lender, loan.expert) for loan in loans if loan.borrower == rank)]
 
 
-def tie(weights: Sequence[Tensor], placement: Placement, peers: Peers) -> list[Tensor]:
-    """The same weights; in backward, every copy of an expert gets the gradient of all copies."""
+def tie(weights: Sequence[Tensor], ids: Sequence[int], placement: Placement, peers: Peers) -> list[Tensor]:
+    """The same weights, of the experts ids; in backward, every copy of an expert gets the gradient of all copies."""
     if placement.slots == placement.num_experts or peers.group is None:
         return list(weights)
     shared = [(rank, int(e)) for rank in range(peers.size) for e in placement.experts_of(rank) if rank != peers.rank]
-    slot_of = {int(expert): slot for slot, expert in enumerate(placement.experts_of(peers.rank))}
-    out = sorted((rank, expert) for rank, expert in shared if expert in slot_of)
+    slot_of = {expert: slot for slot, expert in enumerate(ids)}
+    mine = set(placement.experts_of(peers.rank).tolist())
+    out = sorted((rank, expert) for rank, expert in shared if expert in mine)
     splits = _tally((rank for rank, _ in out), peers.size)
     trip = _Trip(slots=tuple(slot_of[expert] for _, expert in out), send_R=splits, recv_R=splits, peers=peers)
     return list(_Tie.apply(trip, *weights))  # type: ignore[no-untyped-call]

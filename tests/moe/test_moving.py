@@ -201,14 +201,14 @@ def _failed(fault: str) -> str:
     def exhausted(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no memory left")
 
-    transport.exchange, restacked = spoil, moving._restacked
+    transport.exchange, restacked = spoil, moving.restacked
     if fault == "memory" and dist.get_rank() == 1:
-        moving._restacked = exhausted
+        moving.restacked = exhausted
     try:
         with pytest.raises(RuntimeError) as error:
             move_experts(net, Plan(placement_L=(_all_on(1), where.placement_L[1])))
     finally:
-        transport.exchange, moving._restacked = honest, restacked
+        transport.exchange, moving.restacked = honest, restacked
     assert plan_of(net) == where
     assert torch.equal(net.first.experts.up, before)
     return str(error.value)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from moe.comm import here
 from moe.compute import Compute, Fastest
 from moe.experts import Experts
 from moe.stack import Stack
@@ -55,7 +56,7 @@ class HostExperts(Experts):
         raise TypeError("a host's experts start as the host made them; load a checkpoint, or make the model anew")
 
     def stack(self) -> Stack:
-        weight = {field: self.get_parameter(name) for field, name in self.names.items()}
+        weight = {field: here(self.get_parameter(name)) for field, name in self.names.items()}
         return layout(weight, self.transposed)
 
     def extra_repr(self) -> str:

@@ -9,76 +9,23 @@ its own scores, so weights and their gradients belong to the choice that is used
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moe.recompute import Replays
-from routing import NOWHERE, Balancer, Choice, Router, Rows, Tokens, Unpriced, at_least_fp32, token_major
+from moe.integrations.told import ToldRouter
+from routing import Balancer, Choice, Rows
 
 
-class HostRouter(Router):
-    """scores_TE -> Choice, for the top-k of a host. It has prices and statistics, but no weights: the host has those.
-
-    hear, and go deaf: hooks of the block whose router it listens to.
-    """
+class HostRouter(ToldRouter):
+    """A ToldRouter that hears by itself. hear, and go deaf: hooks of the block whose router it listens to."""
 
     def __init__(self, num_experts: int, top_k: int, *, balancer: Balancer, device: torch.device) -> None:
-        super().__init__(1, num_experts, top_k, balancer=balancer, device="meta")
-        self.weight = None  # type: ignore[assignment]
-        self.to_empty(device=device)
-        self.reset_parameters()
-        self.heard: Choice | None = None
-        self._answer: Rows | None = None
+        super().__init__(num_experts, top_k, balancer=balancer, device=device)
+        self.valid_T: Tensor | None = None  # see leave_padding_out
         self._ears: list[_Ear] = []
-        self._replays: Replays[Rows] = Replays()
-
-    def reset_parameters(self) -> None:
-        for buffer in self.buffers():
-            if not buffer.is_meta:
-                nn.init.zeros_(buffer)
-
-    def forward(
-        self,
-        x_TD: Tensor,
-        valid_T: Tensor | None = None,
-        rows: Rows | None = None,
-        *,
-        length: int | None = None,
-        ratio_B: Tensor | None = None,
-    ) -> Choice:
-        """x_TD: the scores that the host chooses by, -inf for experts it rules out. Weights are the scores themselves,
-        until the host has told its own."""
-        score_TE = x_TD.detach().to(at_least_fp32(x_TD.dtype))
-        price_E = self.price_E
-        if rows is None:
-            rows, price_E = self.choose(score_TE, Tokens(valid_T, len(x_TD) if length is None else length), None)
-        return Choice(
-            token_N=rows.token_N,
-            expert_N=rows.expert_N,
-            wanted_N=rows.expert_N,
-            weight_N=score_TE[rows.token_N, rows.expert_N],
-            score_TE=score_TE,
-            logit_TE=score_TE.where(score_TE != -torch.inf, 0.0),
-            price_E=price_E,
-            valid_T=valid_T,
-            length=len(x_TD) if length is None else length,
-            top_k=rows.top_k,
-            k=self.top_k,
-        )
-
-    def observe(self, choice: Choice) -> None:
-        """What is ruled out scores nothing in the statistics."""
-        super().observe(replace(choice, score_TE=choice.logit_TE))
-
-    def select_rows(self, priced_TE: Tensor, tokens: Tokens) -> Rows:
-        """Without a balancer, what the host's own call answered: to the last tie."""
-        if self._answer is not None and isinstance(self.balancer, Unpriced):
-            return self._answer
-        return super().select_rows(priced_TE, tokens)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def answer(self, topk: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -86,43 +33,22 @@ class HostRouter(Router):
         score_TE, k = _asked(*args, **kwargs)
         if score_TE.ndim != 2 or score_TE.shape[1] != len(self.price_E) or k != self.top_k:
             return topk(*args, **kwargs)
-        rows = self._replays.find()
-        # Selective checkpointing hands out saved results in the order of the calls: a call must not be left out.
-        if rows is None or torch._C._len_torch_dispatch_stack():
-            with torch.no_grad():
-                self._answer = token_major(topk(*args, **kwargs).indices)
-        self.heard = self(score_TE, rows=rows)
-        self._answer = None
-        self._replays.keep(Rows(self.heard.token_N, self.heard.expert_N, self.heard.top_k))
+        expert_TK = self.ask(score_TE, lambda _: topk(*args, **kwargs).indices, self.valid_T)
+        expert_TK = expert_TK.clamp(min=0)  # a recomputation repeats nowhere too, for which the host has no word
         # Always a gather, as a recomputation must save what the first forward saved.
-        expert_TK = self.heard.expert_TK
         return torch.return_types.topk((score_TE.gather(1, expert_TK), expert_TK))
 
-    def told(self, expert_TK: Tensor, weight_TK: Tensor, rows: Rows | None) -> Choice:
-        """What the host made of it: its experts, or those of `rows` in a recomputation, with its weights. A number
-        beyond the last expert is how some hosts say nowhere."""
-        num_experts = len(self.price_E)
-        heard, self.heard = self.heard, None
-        if rows is None:
-            rows = token_major(expert_TK.to(torch.int64))
-            rows = rows._replace(expert_N=rows.expert_N.where(rows.expert_N < num_experts, NOWHERE))
-        if heard is None:
-            if not isinstance(self.balancer, Unpriced):
-                raise ValueError(
-                    f"{self.balancer} sets prices, but this model's router does not choose by a top-k of "
-                    f"{self.top_k} over {num_experts} experts; use balancer=None"
-                )
-            unknown_TE = weight_TK.new_zeros(1, 1, dtype=torch.float32).expand(len(expert_TK), num_experts)
-            heard = self.forward(unknown_TE, rows=rows)  # no call: there is nothing that hooks could replay
-        weight_N = weight_TK.reshape(-1)
-        return replace(
-            heard,
-            token_N=rows.token_N,
-            expert_N=rows.expert_N,
-            wanted_N=rows.expert_N,
-            weight_N=weight_N.where(rows.expert_N != NOWHERE, 0.0),
-            top_k=rows.top_k,
-        )
+    def told(self, expert_TK: Tensor, weight_TK: Tensor, rows: Rows | None, valid_T: Tensor | None = None) -> Choice:
+        """Without what the attention mask leaves out, if it is known."""
+        valid_T = self.valid_T if valid_T is None else valid_T
+        if valid_T is not None and len(valid_T) != len(expert_TK):
+            raise ValueError(
+                f"the attention mask tells of {len(valid_T)} tokens, this block was given {len(expert_TK)}; "
+                f"call remove() on what leave_padding_out returned"
+            )
+        if valid_T is not None:  # a number beyond the last expert is nowhere
+            expert_TK = expert_TK.where(valid_T[:, None], len(self.price_E))
+        return super().told(expert_TK, weight_TK, rows, valid_T)
 
     def hear(self, block: nn.Module, args: Any) -> None:
         self.heard = None
@@ -133,9 +59,6 @@ class HostRouter(Router):
     def go_deaf(self, block: nn.Module, args: Any, out: Any) -> None:
         if self._ears:
             self._ears.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    def extra_repr(self) -> str:
-        return f"the host's, {self.schedule} of {len(self.price_E)}, {self.balancer}"
 
 
 class _Ear(TorchFunctionMode):

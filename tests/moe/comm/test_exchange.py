@@ -100,7 +100,7 @@ def test_lending_is_the_adjoint_of_giving_back(world: Worlds) -> None:
 
 def _there_and_back() -> tuple[float, float]:
     peers = Peers.of(dist.group.WORLD)
-    lending = Lending.of(LOANS, PLACEMENT, peers)
+    lending = Lending.of(LOANS, PLACEMENT.experts_of(peers.rank).tolist(), peers)
     generator = torch.Generator().manual_seed(peers.rank)
     slots = len(PLACEMENT.experts_of(peers.rank))
     weights = [torch.randn(slots, *shape, generator=generator, dtype=torch.float64) for shape in ((3, 2), (2,))]
@@ -118,7 +118,7 @@ def _there_and_back() -> tuple[float, float]:
 def _lend_and_return(dtype: torch.dtype) -> tuple[Any, Any]:
     peers = Peers.of(dist.group.WORLD)
     ids = PLACEMENT.experts_of(peers.rank).tolist()
-    lending = Lending.of(LOANS, PLACEMENT, peers)
+    lending = Lending.of(LOANS, PLACEMENT.experts_of(peers.rank).tolist(), peers)
     (visiting,) = lending.fetch([torch.tensor([[float(e)] * 2 for e in ids], dtype=dtype)]).wait()
     assert len(visiting) == len(visitors(LOANS, peers.rank)) == lending.guests
     (came,) = lending.give_back([torch.full_like(visiting, 10.0 * (peers.rank + 1))]).wait()
@@ -129,8 +129,8 @@ def _lend_and_return(dtype: torch.dtype) -> tuple[Any, Any]:
 
 def _small_returns() -> Any:
     peers = Peers.of(dist.group.WORLD)
-    placement = Placement(expert_RS=np.array([[0], [-1], [-1]]))
-    lending = Lending.of([Loan(expert=0, lender=0, borrower=borrower) for borrower in (1, 2)], placement, peers)
+    ids = [0] if peers.rank == 0 else []
+    lending = Lending.of([Loan(expert=0, lender=0, borrower=borrower) for borrower in (1, 2)], ids, peers)
     grad = torch.full((1 if peers.rank == 0 else 0, 1), 256.0, dtype=torch.bfloat16)
     (came,) = lending.give_back([torch.ones(lending.guests, 1, dtype=torch.bfloat16)]).wait()
     lending.add(grad, came)
@@ -149,7 +149,7 @@ def _tie(placement: Placement) -> Any:
     peers = Peers.of(dist.group.WORLD)
     weight = torch.zeros(len(placement.experts_of(peers.rank)), 3, requires_grad=True)
     pull = torch.randn(weight.shape, generator=torch.Generator().manual_seed(peers.rank))
-    (own,) = tie([weight], placement, peers)
+    (own,) = tie([weight], placement.experts_of(peers.rank).tolist(), placement, peers)
     (own * pull).sum().backward()
     assert weight.grad is not None
     return [*weight.grad.tolist(), pull.tolist()]

@@ -1,0 +1,170 @@
+"""Membership: a member's line to the coordinator, kept alive by a thread of its own. And `ask`, an operator's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moe.comm.process import this_process
+from moe.roster import FencedError, RefusedError
+
+View = Mapping[str, Any]
+
+
+class CoordinatorLostError(RuntimeError):
+    """The coordinator is needed and does not answer."""
+
+
+def ask(address: str | os.PathLike[str], do: str, timeout: float = 10.0, **fields: Any) -> dict[str, Any]:
+    """One question of an operator's, answered; raises RefusedError with the coordinator's reason."""
+    host, port = located(address)
+    with socket.create_connection((host, port), timeout) as link, link.makefile("rwb") as stream:
+        stream.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+        stream.flush()
+        answer = json.loads(stream.readline() or b'{"refused": "the coordinator hung up"}')
+    if "ok" not in answer:
+        raise RefusedError(answer.get("refused", str(answer)))
+    return dict(answer["ok"])
+
+
+def located(address: str | os.PathLike[str]) -> tuple[str, int]:
+    """address: host:port, or a file that holds it."""
+    text = os.fspath(address)
+    if Path(text).is_file():
+        text = Path(text).read_text().strip()
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"{os.fspath(address)!r} is neither host:port nor a file that holds it")
+    return host, int(port)
+
+
+class Membership:
+    """number: this member's. view: the last the coordinator sent, None before the first. steps: told with each beat.
+
+    The coordinator may go away: nothing here waits for it but `wait`; the line is tried again with every beat.
+    """
+
+    def __init__(
+        self,
+        address: str | os.PathLike[str],
+        *,
+        plan: str | None,
+        slots: int = 0,
+        portion: int = 0,
+        beat: float = 0.5,
+        timeout: float = 60.0,
+    ) -> None:
+        """plan: of a founder, as JSON. timeout: for the coordinator to be there and answer."""
+        self._address, self._beat = address, beat
+        self.view: View | None = None
+        self.steps = self.number = 0
+        self._refusal: Exception | None = None
+        self._changed = threading.Condition()
+        self._ended, self._sending, self._rest = threading.Event(), threading.Lock(), b""
+        self._link = self._connected(time.monotonic() + timeout)
+        self.here: str = self._link.getsockname()[0]
+        self.there: str = self._link.getpeername()[0]
+        self._say({"do": "hello", "plan": plan, "slots": slots, "portion": portion, "process": this_process()})
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="membership")
+        self._thread.start()
+        self.wait(lambda view: True, timeout)
+
+    def tell(self, do: str, **fields: Any) -> None:
+        """An event; of a coordinator that is away it is not heard."""
+        self._say({"do": do, **fields})
+
+    def wait(self, ready: Callable[[View], bool], timeout: float, wake: Callable[[], bool] = lambda: False) -> View:
+        """The first view of that kind, or any once `wake` holds; raises FencedError where this member was given up."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                self.check()
+                if self.view is not None and (ready(self.view) or wake()):
+                    return self.view
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise CoordinatorLostError(f"{self._address}: nothing in {timeout:g} s of what was waited for")
+                self._changed.wait(min(left, self._beat))
+
+    def wake(self) -> None:
+        """Let who waits look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raises if the coordinator refused this member."""
+        if self._refusal is not None:
+            raise self._refusal
+        if self.view is not None and self.number in self.view["dead"]:
+            raise FencedError(f"member {self.number} was given up for dead; start again as a new member")
+
+    def close(self) -> None:
+        """Leave; a member that serves is given up for dead when its process ends or its lease is over."""
+        self._say({"do": "bye"})
+        self._ended.set()
+        self._thread.join(2 * self._beat + 1)
+        self._link.close()
+
+    def _connected(self, deadline: float) -> socket.socket:
+        while True:
+            try:
+                link = socket.create_connection(located(self._address), timeout=5.0)
+                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except (OSError, ValueError) as error:  # perhaps it is about to be there
+                if time.monotonic() > deadline:
+                    raise CoordinatorLostError(f"no coordinator at {self._address}: {error}") from error
+                time.sleep(0.1)
+            else:
+                return link
+
+    def _say(self, message: Mapping[str, Any]) -> None:
+        with self._sending, contextlib.suppress(OSError):
+            self._link.sendall(json.dumps(message).encode() + b"\n")
+
+    def _listen(self) -> None:
+        due = time.monotonic()
+        while not self._ended.is_set():
+            if self.number and time.monotonic() >= due:
+                due = time.monotonic() + self._beat
+                self._say({"do": "beat", "step": self.steps})
+            readable, _, _ = select.select([self._link], [], [], self._beat / 2)
+            if readable and not self._hear():
+                self._again()
+
+    def _hear(self) -> bool:
+        try:
+            data = self._link.recv(2**20)
+        except OSError:
+            return False
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            with self._changed:
+                if "you" in message:
+                    self.number = int(message["you"])
+                elif "view" in message:
+                    self.view = message["view"]
+                elif "fenced" in message:
+                    self._refusal = FencedError(message["fenced"])
+                elif not self.number:
+                    self._refusal = RefusedError(message["refused"])
+                self._changed.notify_all()
+        return bool(data)
+
+    def _again(self) -> None:
+        """The line is cut: try once a beat. A coordinator that was started anew knows nobody, and says so."""
+        self._link.close()
+        self._rest = b""
+        while not self._ended.wait(self._beat):
+            with contextlib.suppress(CoordinatorLostError):
+                self._link = self._connected(0.0)
+                self._say({"do": "again", "member": self.number})
+                return
+        self._link = socket.socket()

@@ -1,0 +1,60 @@
+"""Salvage: what a survivor can bring into the epoch that follows a death, besides its stack: experts that had arrived
+for a change that was called off, and a checkpoint to read from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moe.epoch import Epoch
+from moe.recovery import CHECKPOINT, Inventory, Restore
+from moe.stock import Stock
+
+Reader = Callable[[str, int], Mapping[str, Tensor]]
+Rows = dict[tuple[int, int], Tensor]
+
+
+class Recovery(NamedTuple):
+    """When a member noticed that others were gone, heard how to go on, and was in the new epoch; of a clock that only
+    runs forward."""
+
+    noticed: float
+    resolved: float
+    ready: float
+
+
+class Salvage:
+    """read: (layer's name, expert) -> its tensors by name, from a checkpoint; None where there is none."""
+
+    def __init__(self, read: Reader | None) -> None:
+        self.rows: Rows = {}
+        self._read = read
+
+    def inventory(self, stock: Stock) -> Inventory:
+        held_L = [set(ids) for ids in stock.held_L]
+        for layer, expert in self.rows:
+            held_L[layer].add(expert)
+        return Inventory(
+            held_L=tuple(tuple(sorted(held)) for held in held_L),
+            backup_L=tuple(() for _ in held_L),
+            reads=self._read is not None,
+        )
+
+    def restore(self, stock: Stock, epoch: Epoch, member: int, restores: Sequence[Restore]) -> None:
+        """Into the stack whatever the epoch puts here and is not in it. After that the rest is let go."""
+        source_of = {(r.layer, r.expert): r.source for r in restores if r.member == member}
+        for layer, held in enumerate(stock.held_L):
+            missing = [expert for expert in epoch.experts_of(member, layer) if expert not in held]
+            rows = {expert: self._row(stock, layer, expert, source_of.get((layer, expert), "")) for expert in missing}
+            if rows:
+                ids = (*held, *missing)
+                stock.take(layer, ids, stock.restack(layer, ids, rows))
+        self.rows = {}
+
+    def _row(self, stock: Stock, layer: int, expert: int, source: str) -> Tensor:
+        if source == CHECKPOINT:
+            assert self._read is not None
+            return stock.rows_of(layer, self._read(stock.names[layer], expert))
+        return self.rows[layer, expert]

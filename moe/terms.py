@@ -1,0 +1,41 @@
+"""Terms: how a member of a live model takes part, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from moe.comm import Pace
+from moe.salvage import Reader
+from moe.staging import Hook, unhindered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """device: of the model. timeout: seconds after which a silent peer counts as lost, in steps and on the way; the
+    coordinator's `report` must not be shorter. patience: seconds to wait for the coordinator where nothing goes on
+    without it. beat: seconds between signs of life; a few must fit a lease. slots: experts of a layer this member can
+    hold, 0 for any number. read: (layer's name, expert) -> its tensors, from a checkpoint, for experts of which no
+    member has a copy. tries: of a step that fails though nobody died.
+
+    optimizer: makes the optimiser of a model that is trained. Then experts travel between two steps, at most `portion`
+    of them to or from a rank, 0 for any number; all members need the same.
+
+    at: called when a phase begins, for tests that let a member fail there.
+    """
+
+    device: torch.device = torch.device("cpu")
+    timeout: float = 30.0
+    patience: float = 120.0
+    beat: float = 0.5
+    slots: int = 0
+    pace: Pace = Pace()
+    read: Reader | None = None
+    optimizer: Callable[[nn.Module], Optimizer] | None = None
+    portion: int = 0
+    tries: int = 5
+    at: Hook = unhindered

@@ -1,0 +1,48 @@
+"""What a coordinator tells: members a view, the same for each, and operators a status."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from moe.coordinator import Coordinator
+from moe.roster import State
+
+
+def view(coordinator: Coordinator) -> dict[str, Any]:
+    """All that members need to know. report: who is to say what it has, after a failure."""
+    course, roster = coordinator.course, coordinator.roster
+    return {
+        "version": coordinator.version,
+        "epoch": None if coordinator.epoch is None else coordinator.epoch.fields(),
+        "change": None if course is None else course.change.fields(),
+        "go": course is not None and course.go,
+        "report": [] if coordinator.repair is None else coordinator.expected(),
+        "restores": [asdict(restore) for restore in coordinator.restores],
+        "released": roster.numbers(State.RELEASED),
+        "dead": roster.numbers(State.DEAD),
+        "lost": _lost(coordinator),
+    }
+
+
+def status(coordinator: Coordinator) -> dict[str, Any]:
+    """For operators: `safe_to_terminate` are members whose end costs nothing."""
+    epoch, roster, last = coordinator.epoch, coordinator.roster, coordinator.operations.last
+    change = None if coordinator.course is None else coordinator.course.change
+    part = () if change is None else change.union
+    idle = [number for number in roster.numbers(State.STANDBY) if number not in part]
+    return {
+        "epoch": None if epoch is None else epoch.number,
+        "members": [] if epoch is None else list(epoch.members),
+        "phase": coordinator.phase.name,
+        "change": None if change is None else {"epoch": change.new.number, "members": list(change.new.members)},
+        "operation": None if last is None else last.fields(),
+        "standby": roster.numbers(State.STANDBY),
+        "safe_to_terminate": sorted(idle + roster.numbers(State.RELEASED) + roster.numbers(State.DEAD)),
+        "lost": _lost(coordinator),
+        "all": [member.fields() for member in roster.members.values()],
+    }
+
+
+def _lost(coordinator: Coordinator) -> dict[str, list[int]]:
+    return {str(layer): list(experts) for layer, experts in coordinator.lost.items()}

@@ -1,0 +1,64 @@
+"""moe-elastic: what operators ask, answered in one line of JSON or of reason."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moe.cli_elastic import app
+from moe.comm import CoordinatorLostError, Membership, Server
+from moe.coordinator import Coordinator
+from moe.roster import RefusedError
+from tests.moe.live.member import even
+
+
+def test_an_operator_is_answered_or_told_why_not(tmp_path: Path) -> None:
+    """One that joins with a plan of its own is refused; one that leaves is safe to end."""
+    server = Server(Coordinator(lease=30.0))
+    server.save_address(tmp_path / "address")
+    thread = server.start()
+    at = ["--at", str(tmp_path / "address")]
+    run = CliRunner().invoke
+    member = Membership(tmp_path / "address", plan=even(6, 1).to_json())
+    told = json.loads(run(app, ["status", "--json", *at]).stdout)
+    assert (told["members"], told["phase"], told["epoch"]) == ([1], "IDLE", 1)
+    operation = json.loads(run(app, ["scale", "2", "--op", "grow", "--json", *at]).stdout)
+    assert operation == {"op": "grow", "scale": 2, "state": "pending", "reason": "waits for 1 more members to stand by"}
+    refused = run(app, ["drain", "1", *at])
+    assert refused.exit_code == 2
+    assert "'grow' is under way (WAIT); wait for it, or cancel it" in refused.stderr
+    assert run(app, ["cancel", "grow", *at]).exit_code == 0
+    assert "phase: IDLE" in run(app, ["status", *at]).stdout
+    with pytest.raises(RefusedError, match="epoch 1 serves already"):
+        Membership(tmp_path / "address", plan=even(6, 1).to_json())
+    standing_by = Membership(tmp_path / "address", plan=None)
+    assert json.loads(run(app, ["status", "--json", *at]).stdout)["safe_to_terminate"] == [2]
+    standing_by.close()
+    member.close()
+    server.stop()
+    thread.join()
+
+
+def test_nobody_there_is_one_line() -> None:
+    done = CliRunner().invoke(app, ["status", "--at", "127.0.0.1:1"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("moe-elastic: ")
+    with pytest.raises(CoordinatorLostError, match=r"no coordinator at 127\.0\.0\.1:1"):
+        Membership("127.0.0.1:1", plan=None, timeout=0.2)
+    assert "neither host:port" in CliRunner().invoke(app, ["status", "--at", "nowhere"]).stderr
+
+
+def test_a_coordinator_started_by_command_says_where_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "address"
+    words = [sys.executable, "-m", "moe.cli_elastic", "serve", "--file", str(file)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert file.read_text().strip() == address
+        assert json.loads(CliRunner().invoke(app, ["status", "--json", "--at", address]).stdout)["members"] == []
+        process.kill()
