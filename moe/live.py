@@ -206,10 +206,11 @@ class Live:
         self.epoch, self.peers, self._fresh = epoch, peers, True
 
     def _trim(self) -> None:
-        if self.epoch is not None:
-            epoch, held_L = self.epoch, self.stock.held_L
-            if any(epoch.experts_of(self.member, layer) != held for layer, held in enumerate(held_L)):
-                self._trimming = Trimming(epoch, self.member, self.stock, self.membership.wake)
+        epoch, held_L = self.epoch, self.stock.held_L
+        if epoch is None:
+            self.stock.drop()
+        elif any(epoch.experts_of(self.member, layer) != held for layer, held in enumerate(held_L)):
+            self._trimming = Trimming(epoch, self.member, self.stock, self.membership.wake)
 
     def _staged(self, change: Change) -> Staging:
         number = change.new.number
@@ -249,6 +250,7 @@ class Live:
             self._number = self._handled = number = epoch.number
             if self.member not in epoch.members:
                 self._salvage.rows = {}
+                self.stock.drop()
                 return
             try:
                 peers = self._met(epoch)

@@ -95,7 +95,8 @@ class Service:
         """Until the last operation is over."""
         self.until(lambda: self.status()["operation"]["state"] not in ("pending", "running"))
         status = self.status()
-        assert status["operation"]["state"] == state, status
+        self._collect()
+        assert status["operation"]["state"] == state, (status, self.told)
         return status
 
     def rest(self, members: int) -> dict[str, Any]:
