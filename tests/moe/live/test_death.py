@@ -82,6 +82,24 @@ def test_a_lost_expert_that_nobody_can_restore_is_an_error_that_names_it() -> No
         assert member.wrong == 0
 
 
+@pytest.mark.parametrize("phase", [Phase.PREPARE, pytest.param(Phase.FREE, marks=pytest.mark.chaos)])
+def test_a_lost_expert_comes_from_its_backup_on_another_member(phase: Phase) -> None:
+    """Twice in a row: the backups are made anew after a death."""
+    fault = Fault(member=2, phase=phase)
+    with Service(3, experts=8, backup=True, fault=fault) as service:
+        service.join()
+        service.backed_up()
+        service.scale(4)
+        service.until(lambda: 2 in service.status()["safe_to_terminate"] and service.status()["phase"] == "IDLE")
+        service.steps(3)
+        service.backed_up()
+        service.kill(3)
+        service.until(lambda: 3 in service.status()["safe_to_terminate"] and service.status()["phase"] == "IDLE")
+        service.steps(3)
+        told = service.end()
+    assert_unharmed(told, 2, 3)
+
+
 def test_who_was_given_up_for_dead_is_refused_when_it_comes_back() -> None:
     """Nobody kills it: it is another machine's. Its peers time out, go on without it, and refuse it."""
     fault = Fault(member=2, phase=Phase.READY, signal=signal.SIGSTOP)
