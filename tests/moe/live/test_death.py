@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import signal
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -36,10 +38,14 @@ def cases() -> list[object]:
 
 
 @pytest.mark.parametrize("way, role, phase, how", cases())
-def test_the_others_finish_whoever_fails_and_whenever(way: str, role: str, phase: Phase, how: signal.Signals) -> None:
+def test_the_others_finish_whoever_fails_and_whenever(
+    way: str, role: str, phase: Phase, how: signal.Signals, tmp_path: Path
+) -> None:
+    """And no request is lost or answered twice; the one that the victim was at may be asked again of another."""
+    log = tmp_path / "answered"
     victim = (GROW if way == "grow" else SHRINK)[role]
     fault = Fault(member=victim, phase=phase, signal=how)
-    with Service(3 if way == "grow" else 4, experts=8, lease=LEASE, reads=True, fault=fault) as service:
+    with Service(3 if way == "grow" else 4, experts=8, lease=LEASE, reads=True, fault=fault, log=str(log)) as service:
         if way == "grow":
             service.join()
         service.scale(4 if way == "grow" else 3)
@@ -56,6 +62,12 @@ def test_the_others_finish_whoever_fails_and_whenever(way: str, role: str, phase
         service.steps(3)
         told = service.end()
     assert_unharmed(told, victim)
+    answered = Counter(tuple(map(int, line.split())) for line in log.read_text().splitlines())
+    assert set(answered.values()) == {1}
+    for member in {member for member, _ in answered}:
+        numbers = sorted(number for who, number in answered if who == member)
+        assert numbers == list(range(len(numbers)))
+        assert member == victim or numbers == told[member].served
     early = role == "joiner" and phase < Phase.READY
     assert max(member.retries for member in told.values()) <= (0 if early else 1)
 

@@ -45,8 +45,8 @@ def network() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_hosts_that_lose_one_another_go_on_without_the_one_that_is_cut_off() -> None:
-    """No process ends and nobody can kill it: silence is all there is. What it held comes from backups. When its cable is
-    back, it is refused."""
+    """No process ends and nobody can kill it: silence is all there is. What it held comes from backups. When its cable
+    is back, it is refused."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("network namespaces need root and the command ip")
     with ExitStack() as stack:
