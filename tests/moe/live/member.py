@@ -48,7 +48,7 @@ class Part:
     experts: int
     plan: Plan | None = None
     fault: Fault | None = None
-    timeout: float = 6.0
+    timeout: float = 20.0
     reads: bool = False
     backup: bool = False
     network: str = ""

@@ -20,7 +20,7 @@ from tests.moe.live.member import Part, Told, even, serve
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.moe.live.member"])
-LIMIT = 60.0
+LIMIT = 120.0
 
 
 def coordinate(pipe: Connection, lease: float, report: float, fences: bool, bind: str) -> None:
@@ -37,7 +37,7 @@ class Service:
         founders: int,
         *,
         experts: int = 8,
-        lease: float = 3.0,
+        lease: float = 20.0,
         fences: bool = True,
         start: bool = True,
         bind: str = "127.0.0.1",

@@ -55,7 +55,7 @@ def test_hosts_that_lose_one_another_go_on_without_the_one_that_is_cut_off() -> 
         except subprocess.CalledProcessError as error:
             pytest.skip(f"network namespaces are not permitted here: {error.stderr.decode().strip()}")
         service = stack.enter_context(
-            Service(0, experts=8, lease=LEASE, fences=False, start=False, bind=address, backup=True, timeout=5.0)
+            Service(0, experts=8, lease=LEASE, fences=False, start=False, bind=address, backup=True, timeout=8.0)
         )
         for name in names:
             service.start(replace(service.part, plan=even(8, HOSTS), network=name))
