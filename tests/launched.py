@@ -1,4 +1,4 @@
-"""Programs that tests start. Beyond their limit they end with all they started: torchrun ends its ranks when asked to."""
+"""Programs that tests start. Beyond their limit they end with all they started: torchrun ends its ranks if asked to."""
 
 from __future__ import annotations
 
