@@ -2,7 +2,7 @@
 
 Requests arrive by the step, so every way takes the same steps with the same tokens and gives the same answers; what
 differs is how long a step takes. It is told by two clocks. `alone`: a step takes the processor time of its busiest
-rank, as if each rank had a processor to itself. `shared`: a step takes what the clock on the wall says, of this machine.
+rank, as if each rank had a processor to itself. `shared`: a step takes what the clock on the wall of this machine says.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ HEADS = (
 
 
 def table_of(runs: dict[str, list[Watched]]) -> list[list[object]]:
-    """runs: of each way, one for each round. Ratios are the median over rounds of those to nothing in the same round."""
+    """runs: of each way, one for each round. Ratios to nothing are of the same round, and the median over rounds."""
     rows: list[list[object]] = []
     base = runs[NOTHING]
     for name, own in runs.items():

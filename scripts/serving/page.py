@@ -72,7 +72,7 @@ def picture_of_loads(runs: Mapping[str, Watched]) -> str:
         axis.set_title(f"{name}: {run.moves} moves" if run.moves else name, loc="left", fontsize=10)
     axes[-1].set(xlabel="step")
     figure.colorbar(image, ax=axes, label="load / mean")
-    note = f"Rows each rank computed over the mean of ranks, {WAVE} steps together. Marks: steps in which experts moved."
+    note = f"Rows each rank computed over the mean of ranks, {WAVE} steps together. Marks: experts moved."
     return picture("Load of each rank over time", note, figure)
 
 
