@@ -1,4 +1,4 @@
-"""A service keeps every request and every answer while it is resized and loses a member; its report holds its tables."""
+"""A service keeps every request and answer while it is resized and loses a member; its report holds its tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe.comm import Peers
 from scripts.generate import Served
 from scripts.serving.batch import Continuous
 from scripts.serving.compare import recorded

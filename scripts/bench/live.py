@@ -25,12 +25,16 @@ from scripts.bench.table import finish, machine, parser, show
 from scripts.generate import Served
 from scripts.serving.batch import Continuous
 from scripts.serving.compare import HEADS, Watched, recorded, require_equal_answers, table_of, watch, ways
-from scripts.serving.page import page, picture_of_loads, picture_of_time, table
+from scripts.serving.member import Part
+from scripts.serving.page import page, picture_of_loads, picture_of_members, picture_of_time, table
 from scripts.serving.requests import Drift, Poisson, Request, stream
+from scripts.serving.resize import HEADS as EVENTS
+from scripts.serving.resize import resize, table_of_events, verdict
 from scripts.text import by_package
 from scripts.train import MODEL, Run, Trainer, small, train
 
 EXPERTS, TOP_K = 16, 2
+SIZES = (2, 4, 3)  # and then one is killed
 
 
 def main() -> None:
@@ -38,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     arguments.output.mkdir(parents=True, exist_ok=True)
     source = trained(arguments)
-    sections = compared(source, arguments)
+    sections = compared(source, arguments) + resized(source, arguments)
     text = page("The live loop", f"{machine()}. Ranks are processes of this machine, over gloo.", sections)
     (arguments.output / "report.html").write_text(text)
     print(f"\n{arguments.output / 'report.html'}")
@@ -57,6 +61,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--replan-every", type=int, default=20, help="steps")
     options.add_argument("--slots", type=int, default=24, help="requests at a time, on each rank")
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--limit", type=float, default=600.0, help="seconds for the resizing, before it is given up")
     return options.parse_args()
 
 
@@ -89,7 +94,7 @@ def compared(source: Path, arguments: argparse.Namespace) -> list[str]:
     requests = requests_of(arguments, seed=0)
     truth, _ = recorded(source, requests, served, arguments.ranks)
     runs: dict[str, list[Watched]] = {}
-    with World(arguments.ranks, timeout=timedelta(minutes=5)) as world:
+    with World(arguments.ranks, timeout=timedelta(minutes=10)) as world:
         candidates = ways(served, plan_for(earlier, arguments.ranks), arguments.replan_every)
         watch(world, source, requests, served)  # the first run warms up
         for turn in range(arguments.rounds):
@@ -106,6 +111,18 @@ def compared(source: Path, arguments: argparse.Namespace) -> list[str]:
         picture_of_loads({name: own[0] for name, own in runs.items()}),
         picture_of_time({name: own[0] for name, own in runs.items()}),
     ]
+
+
+def resized(source: Path, arguments: argparse.Namespace) -> list[str]:
+    """-> parts of the page"""
+    requests = requests_of(arguments, seed=2)
+    served = Served(schedule=Continuous(slots=8, tokens=32), dtype=torch.float64)
+    truth, _ = recorded(source, requests, replace(served, clock="steps"), 1)
+    part = Part(address="", source=source, schedule=served.schedule)
+    seen = resize(part, requests, truth, SIZES, limit=arguments.limit)
+    rows = table_of_events(seen)
+    show(f"Resized under load. {verdict(seen)}", EVENTS, rows)
+    return [table("While ranks come, go and die", verdict(seen), EVENTS, rows), picture_of_members(seen)]
 
 
 def plan_for(earlier: LoadTrace, ranks: int) -> Plan:

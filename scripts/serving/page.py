@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scripts.serving.compare import NOTHING, FloatArray, Watched
+from scripts.serving.resize import Resized
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,6 +97,34 @@ def picture_of_time(runs: Mapping[str, Watched]) -> str:
         f"last byte, by the processor time of the busiest rank of each step, moves included; the slower half."
     )
     return picture("Peaks and latencies", note, figure)
+
+
+def picture_of_members(resized: Resized) -> str:
+    """Over time: who serves and how much it computes, and how long its steps take."""
+    start = min(step.began for step in resized.steps)
+    members = sorted({step.member for step in resized.steps})
+    figure = figure_of(11, 5.0)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    when_S = [step.began - start for step in resized.steps]
+    place_S = [members.index(step.member) for step in resized.steps]
+    rows_S = [step.rows for step in resized.steps]
+    image = upper.scatter(when_S, place_S, c=rows_S, cmap=HEAT, marker="|", s=260, linewidths=1.5, vmin=0)
+    upper.set(yticks=range(len(members)), yticklabels=[str(m) for m in members], ylabel="member", ylim=(-0.6, None))
+    upper.margins(y=0.2)
+    figure.colorbar(image, ax=upper, label="rows in a step")
+    for epoch in sorted({step.epoch for step in resized.steps}):
+        first = min(step.began - start for step in resized.steps if step.epoch == epoch)
+        upper.text(first, len(members) - 0.45, f"epoch {epoch}", fontsize=8)
+    ratio_S = [step.seconds / resized.median for step in resized.steps]
+    lower.scatter(when_S, ratio_S, s=5, color="#1f6fb4")
+    lower.set(yscale="log", ylabel="step / median step", xlabel="seconds")
+    for axis in (upper, lower):
+        for event in resized.events:
+            axis.axvspan(event.began - start, event.ended - start, color="#c43c00", alpha=0.12)
+    for event in resized.events:
+        lower.text(event.began - start, max(ratio_S), event.name, fontsize=8, va="bottom")
+    note = "Each mark is a step of a member. Shaded: from when a change was asked for until the service was at rest."
+    return picture("Members, loads and steps while ranks come and go", note, figure)
 
 
 def _relative(load_SR: FloatArray) -> FloatArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def resize(
                 )
             )
 
-        for before, after in zip(sizes, sizes[1:]):
+        for before, after in pairwise(sizes):
             change(f"{before} → {after}", after, lambda: front.scale(after))  # noqa: B023  # change calls it now
         change(KILLED, sizes[-1] - 1, lambda: front.kill(max(front.desk.asked)))
         _until(front, lambda: len(front.desk.answers) == total, deadline)
