@@ -25,7 +25,8 @@ from placement import Placement, Plan
 from scripts.serving.member import Entered, Left, Part, Stepped, take_part
 from scripts.serving.requests import Request
 
-CONTEXT = multiprocessing.get_context("spawn")
+CONTEXT = multiprocessing.get_context("forkserver")  # what members import is imported once
+CONTEXT.set_forkserver_preload(["scripts.serving.member"])
 
 
 @dataclass
