@@ -119,7 +119,7 @@ class Between:
     @property
     def peak(self) -> float:
         """The mean over the steps."""
-        return sum(line["peak"] for line in self.lines) / max(len(self.lines), 1)
+        return sum(float(line["peak"]) for line in self.lines) / max(len(self.lines), 1)
 
 
 def _elastic(model: Bytes, served: Served) -> Elastic:

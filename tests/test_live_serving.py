@@ -64,7 +64,7 @@ def test_ratios_are_by_the_clock_of_the_busiest_rank_and_by_the_wall_s() -> None
     slow = watched([1.0, 3.0, 2.0], [9.0, 9.0, 9.0], peak=2.0)
     fast = watched([1.0, 1.0, 1.0], [9.0, 9.0, 9.0], peak=1.0)
     assert slow.latency_N(0).tolist() == [4.0, 5.0]  # one came before the first step, one between it and the second
-    nothing, other = table_of({"nothing": [slow], "a static plan": [fast]})
+    nothing, other = table_of({"nothing": slow, "a static plan": fast})
     assert nothing == ["nothing", 2.0, 1.0, 1.0, 1.0, 1.0, 0]
     assert other[:3] == ["a static plan", 1.0, 2.0]
     assert other[4:] == [1.0, 1.0, 0]
@@ -78,7 +78,7 @@ def test_the_report_is_one_file_that_holds_its_tables_and_pictures_and_needs_no_
     event = Event(name="2 → 4", members=4, began=5.0, ended=5.5, unanswered=3, again=0)
     seen = Resized(events=(event,), steps=(step, step), lost=(), doubled=(), wrong=(), answered=2)
     parts = [
-        table("While topics drift", "a note", HEADS, table_of({"nothing": [run]})),
+        table("While topics drift", "a note", HEADS, table_of({"nothing": run})),
         picture_of_loads({"nothing": run}),
         picture_of_time({"nothing": run}),
         table("Ranks come & go", verdict(seen), EVENTS, table_of_events(seen)),

@@ -24,7 +24,7 @@ from placement import LoadTrace, Plan, Robust, Topology
 from scripts.bench.table import finish, machine, parser, show
 from scripts.generate import Served
 from scripts.serving.batch import Continuous
-from scripts.serving.compare import HEADS, Watched, recorded, require_equal_answers, table_of, watch, ways
+from scripts.serving.compare import HEADS, Watched, pooled, recorded, require_equal_answers, table_of, watch, ways
 from scripts.serving.member import Part
 from scripts.serving.page import page, picture_of_loads, picture_of_members, picture_of_time, table
 from scripts.serving.requests import Drift, Poisson, Request, stream
@@ -102,14 +102,15 @@ def compared(source: Path, arguments: argparse.Namespace) -> list[str]:
                 runs.setdefault(name, []).append(watch(world, source, requests, way))
                 print(f"round {turn + 1}, {name}: peak/mean {runs[name][-1].peak:.2f}", flush=True)
     require_equal_answers(runs, truth)
-    rows = table_of(runs)
+    kept = {name: pooled(own) for name, own in runs.items()}
+    rows = table_of(kept)
     title = f"{len(requests)} requests, {earlier.num_experts} experts on {arguments.ranks} ranks"
     show(title, HEADS, rows)
     note = "Every answer of every way is the answer of one process. The last row is the noise of this run."
     return [
         table("While topics drift", f"{title}. {note}", HEADS, rows),
-        picture_of_loads({name: own[0] for name, own in runs.items()}),
-        picture_of_time({name: own[0] for name, own in runs.items()}),
+        picture_of_loads(kept),
+        picture_of_time(kept),
     ]
 
 

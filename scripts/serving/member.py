@@ -22,6 +22,7 @@ from moe.comm import Peers, read_tensors, stored_tensors
 from moe.live import ReleasedError
 from placement import Plan
 from routing import Assignment, Choice
+from scripts.model import Bytes
 from scripts.serving.batch import Continuous
 from scripts.serving.engine import Engine, Ordinary, Proposal
 from scripts.serving.weights import load_model
@@ -82,7 +83,9 @@ def take_part(part: Part, pipe: Connection) -> None:
 
 
 def serve(live: Live, schedule: Continuous, pipe: Connection) -> None:
-    engine = Engine(Ordinary(live.model, schedule), schedule, live.model.shape.length)  # type: ignore[arg-type]
+    model = live.model
+    assert isinstance(model, Bytes)
+    engine = Engine(Ordinary(model, schedule), schedule, model.shape.length)
     rows, epoch = Rows(live), -1
     if live.epoch is None:
         pipe.send(Left(live.member))

@@ -59,17 +59,17 @@ def figure_of(width: float, height: float) -> Figure:
 
 def picture_of_loads(runs: Mapping[str, Watched]) -> str:
     """A strip for each way: ranks over time."""
-    figure = figure_of(11, 1.1 + 1.0 * len(runs))
+    figure = figure_of(11, 1.1 + 1.3 * len(runs))
     axes = figure.subplots(len(runs), 1, sharex=True, squeeze=False)[:, 0]
     load_WSR = [_relative(run.load_SR) for run in runs.values()]
-    top = max(float(load_SR.max()) for load_SR in load_WSR)
+    least, top = (float(edge([edge(load_SR) for load_SR in load_WSR])) for edge in (np.min, np.max))
     for axis, (name, run), load_SR in zip(axes, runs.items(), load_WSR, strict=True):
         steps = len(run.line_S)
         extent = (0, steps, load_SR.shape[1] - 0.5, -0.5)
-        image = axis.imshow(load_SR.T, aspect="auto", cmap=HEAT, vmin=0, vmax=top, extent=extent)
+        image = axis.imshow(load_SR.T, aspect="auto", cmap=HEAT, vmin=least, vmax=top, extent=extent)
         moved = [line["step"] for line in run.line_S if line["moves"]]
-        axis.plot(moved, [-0.62] * len(moved), "v", color="#c43c00", clip_on=False, markersize=6)
-        axis.set(yticks=range(load_SR.shape[1]), ylabel="rank")
+        axis.scatter(moved, [-0.8] * len(moved), marker="v", color="#c43c00", s=22)
+        axis.set(yticks=range(load_SR.shape[1]), ylabel="rank", xlim=(0, steps), ylim=(load_SR.shape[1] - 0.5, -1.2))
         axis.set_title(f"{name}: {run.moves} moves" if run.moves else name, loc="left", fontsize=10)
     axes[-1].set(xlabel="step")
     figure.colorbar(image, ax=axes, label="load / mean")
