@@ -41,12 +41,12 @@ class Clock:
             start = time.perf_counter()
             run()
             return time.perf_counter() - start
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         first.record()
         run()
         last.record()
         last.synchronize()
-        return first.elapsed_time(last) / 1e3
+        return float(first.elapsed_time(last)) / 1e3
 
     def medians(self, candidates: Mapping[str, Run], rounds: int) -> dict[str, float | str]:
         """Median seconds of each candidate, in turn, round after round; or why it did not run.
