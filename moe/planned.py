@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from moe.batch import Batch, problem_of
 from moe.broadcast import keep_from_broadcast
@@ -23,7 +24,7 @@ from moe.compute import Grouped
 from moe.config import MoEConfig
 from moe.experts import compute_dtype
 from moe.fixed import Fixed, Homes, Room
-from moe.layer import MoE
+from moe.layer import MoE, Observer
 from moe.recompute import Replays
 from moe.stack import Stack
 from placement import Placement
@@ -90,13 +91,12 @@ class Planned(MoE):
         super().__init__(config, group, placement, device=device, dtype=dtype)
         if plan.worth.rows:
             raise ValueError(f"a plan that weighs visits ({plan.worth}) may keep all rows at home; use BreakEven()")
-        if self.placement.slots != self.placement.num_experts or not all(self.placement.homed_R):
-            raise ValueError("Planned takes one copy of each expert, and an expert or more on each rank; use MoE")
+        _refuse_copies(self.placement)
         if config.losses:
             raise ValueError(f"Planned charges no losses; got {config.losses}: use prices (balancer=...), or MoE")
         self.plan, self.capacity, self.num_tokens = plan, capacity, 0
         self.register_buffer("trouble_F", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
-        self._homes: Homes | None = None
+        self._homes: tuple[Placement, Homes] | None = None
         self._steps: Replays[_Step] = Replays()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -104,6 +104,8 @@ class Planned(MoE):
         """As MoE.forward. Arguments that are wrong raise on the rank that was given them."""
         if (problem := problem_of(x, valid, ratio, self.config.dim, self.experts.stack().up)) is not None:
             raise ValueError(problem)
+        if self.pool.counting:
+            raise ValueError("Planned takes no part in a census, which counts on the host; use MoE")
         batch, step = Batch.of(x, valid, ratio), self._steps.find()
         choice = self._route(batch, None if step is None else step.rows)
         if step is None:
@@ -129,21 +131,29 @@ class Planned(MoE):
                 f"Capacity(), which nothing overflows"
             )
 
+    def observe(self, fn: Observer) -> RemovableHandle:
+        raise ValueError("an observer is told an Assignment, which Planned never brings to the host; use MoE")
+
+    def resettle(self, placement: Placement, peers: Peers) -> None:
+        raise ValueError("the peers of a Planned layer stay, for its messages have fixed sizes; use MoE")
+
     @torch.no_grad()
     def _planned(self, choice: Choice) -> _Step:
         if choice.top_k is None:
             raise ValueError(f"Planned takes a top-k choice; {self.config.select} makes another: use MoE")
         self._open(choice)
         device, num_experts = choice.expert_N.device, self.config.num_experts
-        if self._homes is None or self._homes.home_E.device != device:
-            self._homes = Homes.of(self.placement, device)
+        if self._homes is None or self._homes[0] is not self.placement or self._homes[1].home_E.device != device:
+            _refuse_copies(self.placement)
+            self._homes = self.placement, Homes.of(self.placement, device)
+        homes = self._homes[1]
         bad_T = ~choice.logit_TE.detach().isfinite().all(dim=-1)
         bad = (bad_T if choice.valid_T is None else bad_T & choice.valid_T).sum()
         table = gather_table(torch.cat([choice.load_E, bad[None]]), self.peers)
         count_RE, bad = table[:, :num_experts], table[:, num_experts].sum()
         room = self.capacity.room(choice.num_tokens * choice.top_k, self.plan, self.placement, self.peers.rank)
-        quota_RE = self.plan(count_RE, self._homes.home_E)
-        fixed = Fixed.of(choice, count_RE, quota_RE, self._homes, room, self.peers.rank)
+        quota_RE = self.plan(count_RE, homes.home_E)
+        fixed = Fixed.of(choice, count_RE, quota_RE, homes, room, self.peers.rank)
         self.trouble_F += torch.stack([fixed.over.long(), bad])
         keep_from_broadcast()
         if self.training:
@@ -188,6 +198,11 @@ class Planned(MoE):
         live_M1 = fixed.live_M[:, None]
         a_MF = self.config.activation(h_MF.where(live_M1, 0.0))
         return _times(a_MF, stack, stack.down, stack.down_bias, fixed).where(live_M1, 0.0)
+
+
+def _refuse_copies(placement: Placement) -> None:
+    if placement.slots != placement.num_experts or not all(placement.homed_R):
+        raise ValueError("Planned takes one copy of each expert, and an expert or more on each rank; use MoE")
 
 
 def _times(row_MD: Tensor, stack: Stack, weight: Tensor, bias: Tensor | None, fixed: Fixed) -> Tensor:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe import MoE, MoEConfig
+from moe import MoE, MoEConfig, Planned
 from moe.comm import Peers
 from moe.dispatch import Dispatch
 from placement import INFINIBAND, NVLINK
@@ -200,14 +200,14 @@ def around(bench: Bench, shape: Shape) -> dict[str, Callable[[], object]]:
     dispatch = Dispatch.of(choice, assignment, list(range(few.held)), peers)
     result_MD = torch.randn(few.rows, few.dim, device=bench.device, dtype=bench.dtype)
     weight_N = choice.weight_N.detach()
-    moe = MoE(
-        MoEConfig(dim=few.dim, hidden=16, num_experts=few.held, top_k=few.top_k), device=bench.device, dtype=bench.dtype
-    )
+    config = MoEConfig(dim=few.dim, hidden=16, num_experts=few.held, top_k=few.top_k)
+    moe, planned = (kind(config, device=bench.device, dtype=bench.dtype) for kind in (MoE, Planned))
     x_TD = layer.x_TD.detach().requires_grad_()
     return {
         "permute (Dispatch.of)": lambda: Dispatch.of(choice, assignment, list(range(few.held)), peers),
         f"combine, dim {few.dim}": lambda: dispatch.total(result_MD, weight_N),
         f"MoE of dim {few.dim}, hidden 16, both ways": lambda: moe(x_TD).sum().backward(),
+        f"Planned of dim {few.dim}, hidden 16, both ways": lambda: planned(x_TD).sum().backward(),
     }
 
 

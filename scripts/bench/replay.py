@@ -99,7 +99,6 @@ class Stage:
                 taken.append(min(self.clock.once(run) for _ in range(2)))
             except RuntimeError as error:
                 failed = f"rank of {load_R[rank]} rows: {reason(error)}"
-            run = None
             self.clock.tidy()
         travel = travel_seconds(assignment, placement, self.shape, self._expert_bytes(), backward=backward)
         return Played(

@@ -15,9 +15,10 @@ from hypothesis import given
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe import Capacity, CapacityError, MoE, MoEConfig, Planned, World
+from moe import Capacity, CapacityError, MoE, MoEConfig, Planned, World, census
 from moe.comm import Peers, world_group
-from placement import RoundRobin, Topology
+from moe.planned import _refuse_copies
+from placement import Placement, RoundRobin, Topology
 from routing import BreakEven, LeastLoaded, LeastLoadedOnDevice, LossFree, SwitchLoss, flow_on_device
 from tests.moe.test_layer_robust import CountSyncs
 from tests.routing.batches import LAW, Batch, batches
@@ -198,6 +199,19 @@ def _refused() -> list[str]:
 def test_what_it_cannot_promise_it_refuses_at_once(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Planned(**({"config": CONFIG} | change))
+
+
+@pytest.mark.fast
+def test_whoever_would_be_told_on_the_host_is_refused() -> None:
+    layer = Planned(CONFIG)
+    with pytest.raises(ValueError, match="never brings to the host"):
+        layer.observe(lambda choice, assignment: None)
+    with pytest.raises(ValueError, match="the peers of a Planned layer stay"):
+        layer.resettle(layer.placement, Peers.of(None))
+    with census(layer), pytest.raises(ValueError, match="no part in a census"):
+        layer(torch.randn(3, 6))
+    with pytest.raises(ValueError, match="one copy of each expert"):
+        _refuse_copies(Placement(expert_RS=np.array([[0, 1], [1, 2]])))
 
 
 @pytest.mark.fast
