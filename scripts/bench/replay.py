@@ -31,12 +31,14 @@ NODE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
-    """One assignment. seconds, peak: of the ranks that were played; rows: of all ranks. failed: why some were not."""
+    """One assignment. seconds, peaks, computed: of the ranks that were played; rows: of all ranks. failed: why some
+    were not."""
 
     ranks: int
     rows_R: NDArray[np.int64]
     seconds: Sequence[float]
     peaks: Sequence[float]
+    computed: int
     loans: int
     travel: float
     failed: str
@@ -87,6 +89,7 @@ class Stage:
         loans = assignment.loans(placement)
         taken: list[float] = []
         peaks: list[float] = []
+        computed = 0
         failed, end = "", self.clock.left - seconds
         for rank in order:
             if len(taken) >= 2 and self.clock.left < max(end, 0.0):
@@ -96,13 +99,21 @@ class Stage:
             try:
                 run = self._rank(rows_A, backward)
                 peaks.append(self.clock.peak(run) + len(guests) * self._expert_bytes())
+                computed += sum(rows_A)
                 taken.append(min(self.clock.once(run) for _ in range(2)))
             except RuntimeError as error:
                 failed = f"rank of {load_R[rank]} rows: {reason(error)}"
             self.clock.tidy()
         travel = travel_seconds(assignment, placement, self.shape, self._expert_bytes(), backward=backward)
         return Played(
-            ranks=ranks, rows_R=load_R, seconds=taken, peaks=peaks, loans=len(loans), travel=travel, failed=failed
+            ranks=ranks,
+            rows_R=load_R,
+            seconds=taken,
+            peaks=peaks,
+            computed=computed,
+            loans=len(loans),
+            travel=travel,
+            failed=failed,
         )
 
     def _rank(self, rows_A: list[int], backward: bool) -> Callable[[], object]:

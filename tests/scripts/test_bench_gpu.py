@@ -48,6 +48,7 @@ def test_a_dry_run_fills_every_table_and_quotes_no_speed_of_many_devices(told: d
 def test_when_there_is_no_time_it_says_what_it_left_out(told: dict[str, Any]) -> None:
     left = [row["what"] for row in told["Left out for want of time"]]
     assert len(left) == len(set(left)) == 2 * 9 + 1 + 2 * 9
+    assert not any(rows for title, rows in told.items() if title.startswith(("Layer, ", "Replay")))
 
 
 @pytest.mark.fast
@@ -77,7 +78,7 @@ def test_virtual_ranks_compute_all_rows_and_only_what_moves_is_modelled() -> Non
         stage = Stage(shape, 4, guests, clock, torch.float32)
         played = stage.play(plan, placement, 30, backward=True)
         assert (len(played.seconds), played.failed, played.loans > 0) == (4, "", visits)
-        assert played.rows_R.sum() == count_RE.sum()
+        assert played.rows_R.sum() == played.computed == count_RE.sum()
     alone = AtHome()(np.array([[3] * shape.experts]), in_order(shape, 1))
     assert travel_seconds(alone, in_order(shape, 1), shape, 100, backward=True) == 0.0
 
