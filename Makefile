@@ -1,11 +1,12 @@
 # make demo: the main job on four CPU processes. make test: what CI runs. make check: under a minute, before each commit.
+# make docs: the pages of docs/ as a site, in build/site.
 # make native: the optional C++ path, into the user's cache.
 PYTHON ?= python3.11
 PIP_FLAGS ?= --disable-pip-version-check --quiet
 VENV := .venv
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: demo native test chaos check format bench clean
+.PHONY: demo native test chaos check format bench docs clean
 .DEFAULT_GOAL := check
 
 # DS_BUILD_OPS=0: DeepSpeed compiles nothing while it is installed.
@@ -28,7 +29,11 @@ test: $(VENV)/ready
 	@$(RUN)/ruff format --check .
 	@$(RUN)/ruff check .
 	@$(RUN)/mypy
-	@$(RUN)/python -m pytest
+	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
+	@$(RUN)/python -m pytest -n 2
+
+docs: $(VENV)/ready
+	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
 
 chaos: $(VENV)/ready
 	@$(RUN)/python -m pytest tests/moe/live -m "chaos or not chaos"

@@ -2,6 +2,7 @@
 
 from moe import checkpoint
 from moe.activation import GELU, ReLU2, SwiGLU
+from moe.backup import other_host
 from moe.census import census
 from moe.clip import clip_grad_norm, grad_norm
 from moe.comm import EVERYONE, Server, World, WorldError, nodes_of
@@ -70,6 +71,7 @@ __all__ = [
     "leave_experts_alone",
     "move_experts",
     "nodes_of",
+    "other_host",
     "plan_of",
     "reference",
     "settle_after",

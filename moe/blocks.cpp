@@ -178,9 +178,8 @@ void backward_of(const Tensor &g_XD, const Tensor &source_XD, Maybe index_M, at:
 }
 
 // y_t = sum over k of weight_tk row(place_tk), in fp32, in the order of k
-template <class T> Tensor total_of(const Tensor &row_XD, const Tensor &place_TK, Maybe weight_TK) {
+template <class T> void total_of(const Tensor &row_XD, const Tensor &place_TK, Maybe weight_TK, const Tensor &y_TD) {
     int64_t tokens = place_TK.size(0), top_k = place_TK.size(1), dim = row_XD.size(1);
-    Tensor y_TD = at::empty({tokens, dim}, row_XD.options());
     const T *row = row_XD.const_data_ptr<T>();
     const int64_t *place = place_TK.const_data_ptr<int64_t>();
     const float *weight = weight_TK ? weight_TK->const_data_ptr<float>() : nullptr;
@@ -200,7 +199,6 @@ template <class T> Tensor total_of(const Tensor &row_XD, const Tensor &place_TK,
                 for (int64_t d = 0; d < width; d++) narrow(sum[d], y[t * dim + from + d]);
             }
     });
-    return y_TD;
 }
 
 bool is_float(const Tensor &tensor) { return tensor.scalar_type() == at::kFloat; }
@@ -218,8 +216,8 @@ void backward(const Tensor &g_XD, const Tensor &source_XD, Maybe index_M, at::In
     run(g_XD, source_XD, index_M, rows_A, start, up, down, h_MF, weight_M, dweight_M, dup, ddown, drow_XD);
 }
 
-Tensor total(const Tensor &row_XD, const Tensor &place_TK, Maybe weight_TK) {
-    return (is_float(row_XD) ? total_of<float> : total_of<at::BFloat16>)(row_XD, place_TK, weight_TK);
+void total(const Tensor &row_XD, const Tensor &place_TK, Maybe weight_TK, const Tensor &y_TD) {
+    (is_float(row_XD) ? total_of<float> : total_of<at::BFloat16>)(row_XD, place_TK, weight_TK, y_TD);
 }
 
 }  // namespace
@@ -229,7 +227,7 @@ TORCH_LIBRARY(evenmoe, library) {
                 "Tensor(b!) result) -> ()");
     library.def("backward(Tensor g, Tensor source, Tensor? index, int[] rows, int start, Tensor up, Tensor down, Tensor h, "
                 "Tensor? weight, Tensor(a!)? dweight, Tensor(b!)? dup, Tensor(c!)? ddown, Tensor(d!)? drow) -> ()");
-    library.def("total(Tensor row, Tensor place, Tensor? weight) -> Tensor");
+    library.def("total(Tensor row, Tensor place, Tensor? weight, Tensor(a!) y) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(evenmoe, CPU, library) {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.activation import Activation, SwiGLU
+from moe.pages import fresh
 from moe.stack import Back, Rows, Stack
 from routing import Library
 
@@ -59,9 +60,9 @@ class Blocks:
     ) -> tuple[Tensor | None, Tensor]:
         source_XD, num_rows = x.source_XD.contiguous(), self.rows.stop - self.rows.start
         if keep and h_MF is None:
-            h_MF = source_XD.new_empty(num_rows, stack.up.shape[1])
+            h_MF = fresh(source_XD, num_rows, stack.up.shape[1])
         if result_MD is None:
-            result_MD = source_XD.new_empty(num_rows, stack.down.shape[1])
+            result_MD = fresh(source_XD, num_rows, stack.down.shape[1])
         index_M = None if x.index_M is None else x.index_M[self.rows]
         source_XD = source_XD if x.index_M is not None else source_XD[self.rows]
         torch.ops.evenmoe.forward(source_XD, index_M, self.rows_A, stack.up, stack.down, h_MF, result_MD)
@@ -88,10 +89,11 @@ class Blocks:
 
 def total(row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tensor | None:
     """Of each token the (weighted) rows, added in fp32 in their order. None where the compiled path cannot."""
-    if row_XD.device.type != "cpu" or row_XD.dtype not in _TYPES or KERNELS.load() is None:
-        return None
-    if weight_TK is not None and weight_TK.dtype != torch.float32:
+    plain = type(row_XD) is Tensor and row_XD.device.type == "cpu" and row_XD.dtype in _TYPES
+    narrow = weight_TK is None or weight_TK.dtype == torch.float32
+    if not (plain and narrow) or KERNELS.load() is None:
         return None
     weight_TK = None if weight_TK is None else weight_TK.contiguous()
-    y_TD: Tensor = torch.ops.evenmoe.total(row_XD.contiguous(), place_TK.contiguous(), weight_TK)
+    y_TD = fresh(row_XD, len(place_TK), row_XD.shape[1])
+    torch.ops.evenmoe.total(row_XD.contiguous(), place_TK.contiguous(), weight_TK, y_TD)
     return y_TD

@@ -84,8 +84,9 @@ class Coordinator:
         self._moved()
         return member.number
 
-    def beat(self, now: float, number: int, step: int = 0) -> None:
-        self.roster.hear(now, number).step = step
+    def beat(self, now: float, number: int, step: int = 0, backed: int = 0) -> None:
+        member = self.roster.hear(now, number)
+        member.step, member.backed = step, backed
 
     def reached(self, now: float, number: int, epoch: int, phase: Phase) -> None:
         """A member is done with a phase of the change to an epoch, or, with FREE, has done a step in one."""

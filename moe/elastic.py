@@ -10,7 +10,7 @@
 
 Loads come from the settled statistics, which are the same on every rank; planning is deterministic; so all ranks reach
 one decision without a message, and move_experts checks that they did. It moves experts between the ranks that are
-there. Ranks that join, leave or fail are not its business.
+there. Ranks that join, leave or fail are the business of Live.
 """
 
 from __future__ import annotations

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Self, TypeVar
 
 import torch
 
+from moe.backup import mirror
 from moe.boundary import cross
 from moe.comm import Ballot, CoordinatorLostError, Meeting, Membership, Peers, PeersLostError, View
 from moe.course import Phase
@@ -30,6 +31,7 @@ from moe.salvage import Recovery, Salvage
 from moe.staging import Staging, Trimming, in_background, later
 from moe.stock import Stock
 from moe.terms import Terms
+from moe.verdict import verdict
 from placement import Plan
 
 T = TypeVar("T")
@@ -68,6 +70,8 @@ class Live:
         self.model = built(build, self.peers, elsewhere(epoch.plan) if self.epoch is None else epoch.plan)
         self.stock = Stock(self.model)
         self.optimizer = None if terms.optimizer is None else terms.optimizer(self.model)
+        if self.epoch is not None:
+            self._trim()
 
     @classmethod
     def found(cls, address: str | os.PathLike[str], plan: Plan, build: Build, terms: Terms = Terms()) -> Self:
@@ -206,10 +210,21 @@ class Live:
         self.epoch, self.peers, self._fresh = epoch, peers, True
 
     def _trim(self) -> None:
-        if self.epoch is not None:
-            epoch, held_L = self.epoch, self.stock.held_L
-            if any(epoch.experts_of(self.member, layer) != held for layer, held in enumerate(held_L)):
-                self._trimming = Trimming(epoch, self.member, self.stock, self.membership.wake)
+        """Nothing more than the table puts here; and backups, as far as they are wanted."""
+        if (epoch := self.epoch) is None:
+            self.stock.drop()
+            return
+        hosts = {int(number): host for number, host in self._view()["hosts"].items()}
+        keeper_of = self.terms.backup(epoch.members, hosts)
+        extra = any(epoch.experts_of(self.member, layer) != held for layer, held in enumerate(self.stock.held_L))
+        if extra or keeper_of:
+            then = partial(self._back_up, epoch, keeper_of) if keeper_of else lambda: None
+            self._trimming = Trimming(epoch, self.member, self.stock, self.membership.wake, then)
+
+    def _back_up(self, epoch: Epoch, keeper_of: Mapping[int, int]) -> None:
+        kept, meeting = self._salvage.kept, self._meeting()
+        mirror(epoch, self.member, keeper_of, self.stock, kept, meeting, self.terms.pace)
+        self.membership.backed = epoch.number
 
     def _staged(self, change: Change) -> Staging:
         number = change.new.number
@@ -241,7 +256,7 @@ class Live:
         while True:
             self._let_go()
             self.epoch = None
-            view = self._resolved(number, deadline)
+            view = verdict(self.membership, number, self._salvage.inventory(self.stock), 4 * self.terms.beat, deadline)
             resolved = time.monotonic()
             if view["lost"]:
                 raise ExpertsLostError({int(layer): experts for layer, experts in view["lost"].items()})
@@ -249,6 +264,7 @@ class Live:
             self._number = self._handled = number = epoch.number
             if self.member not in epoch.members:
                 self._salvage.rows = {}
+                self.stock.drop()
                 return
             try:
                 peers = self._met(epoch)
@@ -271,21 +287,6 @@ class Live:
         for layer in self.stock.layers:
             layer.peers = OUTSIDE
 
-    def _resolved(self, number: int, deadline: float) -> View:
-        """A view with a later epoch. Tells again now and then: the line may have been cut."""
-        while True:
-            self.membership.tell("broken", epoch=number, inventory=self._salvage.inventory(self.stock).fields())
-            left = min(4 * self.terms.beat, max(deadline - time.monotonic(), 0.0))
-            try:
-                view = self.membership.wait(partial(_later, number), left)
-            except CoordinatorLostError:
-                if time.monotonic() > deadline:
-                    raise
-                continue
-            if view["lost"] or self.member not in view["report"]:
-                return view
-            number = view["epoch"]["number"]  # that one broke too, before this member was in it
-
     def _meeting(self) -> Meeting:
         line, terms = self.membership, self.terms
         store = (line.there, int(self._view()["store"]))
@@ -294,7 +295,3 @@ class Live:
     def _met(self, epoch: Epoch) -> Peers:
         rank, number = epoch.rank_of(self.member), epoch.number
         return self._meeting().meet(f"epoch-{number}", rank, len(epoch.members), Ballot(number))
-
-
-def _later(number: int, view: View) -> bool:
-    return bool(view["lost"]) or view["epoch"]["number"] > number

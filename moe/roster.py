@@ -26,7 +26,8 @@ class State(StrEnum):
 
 @dataclass
 class Member:
-    """slots: the most experts of a layer it can hold, 0 for any number. process: where it runs, for who fences it."""
+    """slots: the most experts of a layer it can hold, 0 for any number. process: where it runs, for who fences it.
+    backed: the last epoch for which it has the backups it is to keep."""
 
     number: int
     seen: float
@@ -34,10 +35,17 @@ class Member:
     process: Mapping[str, Any] = field(default_factory=dict)
     state: State = State.STANDBY
     step: int = 0
+    backed: int = 0
     reason: str = ""
 
     def fields(self) -> dict[str, Any]:
-        return {"member": self.number, "state": str(self.state), "step": self.step, "reason": self.reason}
+        return {
+            "member": self.number,
+            "state": str(self.state),
+            "step": self.step,
+            "backed": self.backed,
+            "reason": self.reason,
+        }
 
 
 class Roster:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moe.epoch import Epoch
-from moe.recovery import CHECKPOINT, Inventory, Restore
+from moe.recovery import BACKUP, CHECKPOINT, Inventory, Restore
 from moe.stock import Stock
 
 Reader = Callable[[str, int], Mapping[str, Tensor]]
@@ -26,19 +26,22 @@ class Recovery(NamedTuple):
 
 
 class Salvage:
-    """read: (layer's name, expert) -> its tensors by name, from a checkpoint; None where there is none."""
+    """rows: experts that arrived. kept: backups of others' experts. read: (layer's name, expert) -> its tensors by
+    name, from a checkpoint; None where there is none."""
 
     def __init__(self, read: Reader | None) -> None:
         self.rows: Rows = {}
+        self.kept: Rows = {}
         self._read = read
 
     def inventory(self, stock: Stock) -> Inventory:
+        kept = list(self.kept)  # a thread may be adding to it
         held_L = [set(ids) for ids in stock.held_L]
         for layer, expert in self.rows:
             held_L[layer].add(expert)
         return Inventory(
             held_L=tuple(tuple(sorted(held)) for held in held_L),
-            backup_L=tuple(() for _ in held_L),
+            backup_L=tuple(tuple(e for n, e in sorted(kept) if n == layer) for layer in range(len(held_L))),
             reads=self._read is not None,
         )
 
@@ -54,6 +57,8 @@ class Salvage:
         self.rows = {}
 
     def _row(self, stock: Stock, layer: int, expert: int, source: str) -> Tensor:
+        if source == BACKUP:
+            return self.kept[layer, expert]
         if source == CHECKPOINT:
             assert self._read is not None
             return stock.rows_of(layer, self._read(stock.names[layer], expert))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moe.comm import Ballot, Meeting, Pace, Peers, receive_parcel, send_parcel
+from moe.comm import Ballot, Meeting, Pace, Peers, PeersLostError, receive_parcel, send_parcel
 from moe.course import Phase
 from moe.epoch import Change, Epoch
 from moe.stock import Handover, Stock
@@ -137,11 +137,17 @@ def later(staging: Staging) -> None:
 
 
 class Trimming:
-    """After a full step in an epoch: every layer's stack as its table has it, made in the background."""
+    """After a full step in an epoch: every layer's stack as its table has it, made in the background. Then the backups.
 
-    def __init__(self, epoch: Epoch, member: int, stock: Stock, notify: Callable[[], None]) -> None:
-        self.epoch, self.member, self.stock = epoch, member, stock
+    problem: why there are none, if they were wanted.
+    """
+
+    def __init__(
+        self, epoch: Epoch, member: int, stock: Stock, notify: Callable[[], None], then: Callable[[], None]
+    ) -> None:
+        self.epoch, self.member, self.stock, self.then = epoch, member, stock, then
         self.handover = Handover(notify)
+        self.problem = ""
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"trimming-{epoch.number}")
         self._thread.start()
 
@@ -156,11 +162,13 @@ class Trimming:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        for layer, held in enumerate(self.stock.held_L):
-            ids = self.epoch.experts_of(self.member, layer)
-            if ids != held and not self.handover.abandoned:
-                try:
+        try:
+            for layer, held in enumerate(self.stock.held_L):
+                ids = self.epoch.experts_of(self.member, layer)
+                if ids != held:
                     self.handover.offer(layer, ids, self.stock.restack(layer, ids, {}))
-                except Exception:
-                    if not self.handover.abandoned:
-                        raise
+            self.then()
+        except Exception as error:
+            self.problem = f"{type(error).__name__}: {error}"
+            if not self.handover.abandoned and not isinstance(error, PeersLostError):
+                raise

@@ -63,6 +63,12 @@ class Stock:
         """Between two steps: the new stacks are the layer's own from now on, the old ones are gone."""
         self.layers[layer].experts.rehouse(ids, weights)
 
+    def drop(self) -> None:
+        """Hold nothing, as who stands by."""
+        for layer, held in enumerate(self.held_L):
+            if held:
+                self.take(layer, (), self.restack(layer, (), {}))
+
 
 class _Offer(NamedTuple):
     layer: int

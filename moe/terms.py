@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from moe.backup import Keepers, nobody
 from moe.comm import Pace
 from moe.salvage import Reader
 from moe.staging import Hook, unhindered
@@ -21,6 +22,8 @@ class Terms:
     without it. beat: seconds between signs of life; a few must fit a lease. slots: experts of a layer this member can
     hold, 0 for any number. read: (layer's name, expert) -> its tensors, from a checkpoint, for experts of which no
     member has a copy. tries: of a step that fails though nobody died.
+
+    backup: who keeps whose experts in host memory; `other_host`, or `nobody`. All members need the same.
 
     optimizer: makes the optimiser of a model that is trained. Then experts travel between two steps, at most `portion`
     of them to or from a rank, 0 for any number; all members need the same.
@@ -35,6 +38,7 @@ class Terms:
     slots: int = 0
     pace: Pace = Pace()
     read: Reader | None = None
+    backup: Keepers = nobody
     optimizer: Callable[[nn.Module], Optimizer] | None = None
     portion: int = 0
     tries: int = 5

@@ -22,6 +22,7 @@ def view(coordinator: Coordinator) -> dict[str, Any]:
         "released": roster.numbers(State.RELEASED),
         "dead": roster.numbers(State.DEAD),
         "lost": _lost(coordinator),
+        "hosts": {str(member.number): member.process.get("host", "") for member in roster.living()},
     }
 
 

@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from routing.dual import check_top_k, expert_lower, or_standing, token_lower, transposed
+from routing.dual import check_top_k, or_standing
+from routing.margins import Margins
 from routing.mean_of_quotes import MeanOfQuotes
 
 
@@ -43,10 +44,7 @@ class Bip(MeanOfQuotes):
         num_tokens, num_experts = score_TE.shape
         if top_k == num_experts or num_tokens == 0:
             return price_E
-        score_TE = score_TE.detach()
-        score_ET = transposed(score_TE)
-        quoted_E = self.shift(price_E.to(score_TE.dtype))
+        margins, quoted_E = Margins(score_TE, top_k, valid_T), self.shift(price_E.to(score_TE.dtype))
         for _ in range(self.rounds):
-            token_price_T = token_lower(score_TE - quoted_E, top_k).clamp(min=0)
-            quoted_E = expert_lower(score_ET - token_price_T, top_k, valid_T).clamp(min=0)
+            quoted_E = margins.expert_lower(margins.token_lower(quoted_E).clamp(min=0), floor=0)
         return or_standing(quoted_E, price_E, valid_T)

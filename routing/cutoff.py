@@ -10,8 +10,9 @@ from torch import Tensor
 
 from routing.balancer import Balancer
 from routing.choice import Choice
-from routing.dual import check_top_k, expert_ends, or_standing, transposed
+from routing.dual import check_top_k, or_standing
 from routing.histogram import Histogram
+from routing.margins import Margins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Cutoff(Balancer):
         num_tokens, num_experts = score_TE.shape
         if top_k == num_experts or num_tokens == 0:
             return price_E
-        own_E = expert_ends(transposed(score_TE.detach()), top_k, valid_T).middle
+        own_E = Margins(score_TE, top_k, valid_T).expert_ends(score_TE.new_zeros(num_tokens)).middle
         return or_standing(torch.where(settled > 0, price_E, own_E), price_E, valid_T)
 
     def observe(self, choice: Choice, price_E: Tensor) -> dict[str, Tensor]:

@@ -139,6 +139,11 @@ def _loaded(library: Library) -> tuple[ctypes.CDLL | None, str]:
 _HERE = Path(__file__).parent
 DECIDERS = Library(
     name="deciders",
-    sources=(_HERE / "least_loaded.cpp",),
-    functions={"evenmoe_least_loaded": "pnnpppnddp", "evenmoe_unlawful": "ppnn"},
+    sources=(_HERE / "least_loaded.cpp", _HERE / "dual.cpp"),
+    functions={
+        "evenmoe_least_loaded": "pnnpppnddp",
+        "evenmoe_unlawful": "ppnn",
+        "evenmoe_token_ends": "ppnnnppn",
+        "evenmoe_expert_ends": "ppnnndppn",
+    },
 )

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from routing.balancer import Balancer
 from routing.choice import Choice
-from routing.dual import Ends, check_top_k, expert_ends, or_standing, token_ends, transposed
+from routing.dual import Ends, check_top_k, or_standing
 from routing.histogram import Histogram
 from routing.interior import optimize
+from routing.margins import Margins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +63,9 @@ class Quantile(Balancer):
         if self.rounds + self.polish == 0 or top_k == num_experts or num_tokens == 0:
             return price_E
         score_TE = score_TE.detach()
-        score_ET = transposed(score_TE)
-        quoted_E = price_E.to(score_TE.dtype)
+        margins, quoted_E = Margins(score_TE, top_k, valid_T), price_E.to(score_TE.dtype)
         for _ in range(self.rounds):
-            token_price_T = self.pick(token_ends(score_TE - quoted_E, top_k))
-            quoted_E = self.pick(expert_ends(score_ET - token_price_T, top_k, valid_T))
+            quoted_E = self.pick(margins.expert_ends(self.pick(margins.token_ends(quoted_E))))
             quoted_E = quoted_E - quoted_E.mean()
         if self.polish:
             quoted_E = optimize(score_TE, quoted_E, top_k, self.polish, valid_T).price_E
@@ -75,7 +74,7 @@ class Quantile(Balancer):
 
     def observe(self, choice: Choice, price_E: Tensor) -> dict[str, Tensor]:
         score_TE = choice.score_TE.detach()
-        token_price_T = self.pick(token_ends(score_TE - price_E.to(score_TE.dtype), choice.k))
+        token_price_T = self.pick(Margins(score_TE, choice.k).token_ends(price_E.to(score_TE.dtype)))
         return {"margin_EB": self.histogram.count(score_TE - token_price_T[:, None], price_E, choice.valid_T)}
 
     def settle(self, price_E: Tensor, stats: Mapping[str, Tensor], top_k: int, *, settled: Tensor) -> Tensor:
@@ -93,4 +92,4 @@ class EdgeQuantile(Quantile):
     """Quantile balancing as it is usually done, with the lower ends: the (K+1)-th and the (C+1)-th largest."""
 
     def pick(self, ends: Ends) -> Tensor:
-        return ends.lower
+        return ends.lower.contiguous()  # or its mean would round as its layout has it

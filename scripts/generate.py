@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from moe import Elastic
 from moe.comm import EVERYONE, Peers, gather_objects, world_group
-from placement import ExpertShape, GemmCurve, Plan, Robust, Topology, advise
+from placement import Advice, ExpertShape, GemmCurve, Plan, Robust, Topology, advise
 from routing import Assigner, AtHome, LeastLoaded
 from scripts.model import Bytes
 from scripts.serving.batch import Continuous
@@ -47,12 +47,13 @@ CLOCKS: dict[str, Callable[[], Steps | Seconds]] = {"steps": Steps, "seconds": S
 @dataclass(frozen=True, kw_only=True)
 class Served:
     """How a stream is served. plan: None for round robin. replan_every: steps, 0 for never. coherent: tokens stay with
-    their experts."""
+    their experts. judge: says whether a new plan is worth its moves."""
 
     schedule: Continuous = Continuous()
     clock: str = "seconds"
     plan: Plan | None = None
     replan_every: int = 0
+    judge: Callable[..., Advice] = advise
     coherent: bool = False
     assigner: Assigner = AtHome()
     dtype: torch.dtype = torch.float32
@@ -91,30 +92,34 @@ def generate(source: Path, requests: tuple[Request, ...], served: Served, folder
 
 
 class Between:
-    """Between two steps: what the experts had to do is heard, written down, and where it pays they move."""
+    """Between two steps: what the experts had to do is heard, written down, and where it pays they move.
+
+    lines: one for each step so far. load_R: rows each rank computed, over all layers.
+    """
 
     def __init__(self, model: Bytes, served: Served, log: Path | None) -> None:
         self.loads, self.log, self.moves = Loads(model), log, 0
-        self._peaks: list[float] = []
+        self.lines: list[dict[str, Any]] = []
         self.elastic = _elastic(model, served) if served.replan_every else None
         if log is not None:
             log.write_text("")
 
     def __call__(self, step: int) -> None:
         peak, rows = self.loads.peak, int(self.loads.load_LE.sum())
-        self._peaks.append(peak)
+        load_R = self.loads.load_LR.sum(axis=0).tolist()
         self.loads.settle()
         moved = None if self.elastic is None else self.elastic.step()
         moves = 0 if moved is None else moved.moves
         self.moves += moves
+        self.lines.append({"step": step, "rows": rows, "peak": peak, "moves": moves, "load_R": load_R})
         if self.log is not None:
             with self.log.open("a") as file:
-                file.write(json.dumps({"step": step, "rows": rows, "peak": peak, "moves": moves}) + "\n")
+                file.write(json.dumps(self.lines[-1]) + "\n")
 
     @property
     def peak(self) -> float:
         """The mean over the steps."""
-        return sum(self._peaks) / max(len(self._peaks), 1)
+        return sum(line["peak"] for line in self.lines) / max(len(self.lines), 1)
 
 
 def _elastic(model: Bytes, served: Served) -> Elastic:
@@ -123,7 +128,9 @@ def _elastic(model: Bytes, served: Served) -> Elastic:
     topology = None if served.plan is None else served.plan.topology
     if topology is None:
         topology = Topology.fitting(num_experts=config.num_experts, ranks=peers.size, ranks_per_node=peers.size)
-    judge = partial(advise, curve=GemmCurve.modelled(shape, flops=5e9), shape=shape, steps=10 * served.replan_every)
+    judge = partial(
+        served.judge, curve=GemmCurve.modelled(shape, flops=5e9), shape=shape, steps=10 * served.replan_every
+    )
     return Elastic(model, None, topology, plan_every=served.replan_every, planner=Robust(), advise=judge, patience=1)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -13,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.launched import ROOT, launched
+
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 COMMANDS = [
     (path.name, line.split())
@@ -31,9 +29,7 @@ def run(command: Sequence[str]) -> str:
 @cache  # several tests read what an example printed
 def output(command: tuple[str, ...]) -> str:
     module = ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, *module, *command[1:]]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = launched([*module, *command[1:]])
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

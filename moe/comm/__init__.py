@@ -23,7 +23,7 @@ from moe.comm.parcel import Pace, receive_parcel, send_parcel
 from moe.comm.process import kill, spare
 from moe.comm.serve import Server
 from moe.comm.standby import Meeting
-from moe.comm.store import Folder, Stored, read_tensors, stored_tensors, write_tensors
+from moe.comm.store import Folder, Shelf, Stored, read_tensors, stored_tensors, write_tensors
 from moe.comm.world import World, WorldError, world_group
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "Peers",
     "PeersLostError",
     "Server",
+    "Shelf",
     "Stored",
     "View",
     "World",

@@ -47,7 +47,8 @@ def located(address: str | os.PathLike[str]) -> tuple[str, int]:
 
 
 class Membership:
-    """number: this member's. view: the last the coordinator sent, None before the first. steps: told with each beat.
+    """number: this member's. view: the last the coordinator sent, None before the first. steps, and the epoch that is
+    backed up, are told with each beat.
 
     The coordinator may go away: nothing here waits for it but `wait`; the line is tried again with every beat.
     """
@@ -65,7 +66,7 @@ class Membership:
         """plan: of a founder, as JSON. timeout: for the coordinator to be there and answer."""
         self._address, self._beat = address, beat
         self.view: View | None = None
-        self.steps = self.number = 0
+        self.steps = self.backed = self.number = 0
         self._refusal: Exception | None = None
         self._changed = threading.Condition()
         self._ended, self._sending, self._rest = threading.Event(), threading.Lock(), b""
@@ -133,7 +134,7 @@ class Membership:
         while not self._ended.is_set():
             if self.number and time.monotonic() >= due:
                 due = time.monotonic() + self._beat
-                self._say({"do": "beat", "step": self.steps})
+                self._say({"do": "beat", "step": self.steps, "backed": self.backed})
             readable, _, _ = select.select([self._link], [], [], self._beat / 2)
             if readable and not self._hear():
                 self._again()

@@ -164,7 +164,7 @@ class Server:
                 line.member = message["member"]
                 self._left.discard(line.member)
             case "beat":
-                coordinator.beat(now, line.member, message["step"])
+                coordinator.beat(now, line.member, message["step"], message["backed"])
             case "reached":
                 coordinator.reached(now, line.member, message["epoch"], Phase(message["phase"]))
             case "failed":

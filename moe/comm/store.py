@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -56,15 +66,72 @@ def read_tensors(tensors: Mapping[str, Tensor], folder: Folder) -> None:
 
 def stored_tensors(folder: Folder) -> dict[str, Stored]:
     """Every tensor in the folder."""
-    try:
-        entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-    except FileNotFoundError:
-        raise ValueError(f"{os.fspath(folder)} holds no checkpoint: its .metadata is missing") from None
-    return {
-        name: Stored(tuple(entry.size), entry.properties.dtype)
-        for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    return Shelf(folder).tensors
+
+
+class Shelf:
+    """A folder of tensors, of which parts are read: any box of any tensor, whoever wrote it in whatever pieces."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._reader = _Reader(folder)
+        try:
+            entries = self._reader.read_metadata().state_dict_metadata
+        except FileNotFoundError:
+            raise ValueError(f"{os.fspath(folder)} holds no checkpoint: its .metadata is missing") from None
+        self.tensors = {
+            name: Stored(tuple(entry.size), entry.properties.dtype)
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, name: str, place: tuple[int, ...] = ()) -> Tensor:
+        """place: an index into each of the first dims; the rest is read whole."""
+        shape, dtype = self.tensors[name]
+        box = torch.empty((1,) * len(place) + shape[len(place) :], dtype=dtype)
+        planner = _Box(name, (*place, *(0 for _ in shape[len(place) :])), box)
+        with _alone_on_purpose():
+            load({name: box}, storage_reader=self._reader, planner=planner, no_dist=True)
+        return box.view(shape[len(place) :])
+
+
+class _Reader(FileSystemReader):
+    """Reads the metadata once, and those of hosts that are not installed: they add what is not needed here."""
+
+    def __init__(self, folder: Folder) -> None:
+        super().__init__(folder)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                self._metadata = _Unpickler(file).load()
+            assert isinstance(self._metadata, Metadata)
+            self._metadata.storage_meta = getattr(self._metadata, "storage_meta", None) or StorageMeta()
+            self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return Metadata if name.endswith("CoreMetadata") else super().find_class(module, name)
+
+
+class _Box(DefaultLoadPlanner):
+    """One tensor's part that begins at these indices."""
+
+    def __init__(self, name: str, start: tuple[int, ...], box: Tensor) -> None:
+        super().__init__()
+        self._name, self._start, self._box = name, start, box
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        entry = self.metadata.state_dict_metadata[self._name]
+        assert isinstance(entry, TensorStorageMetadata)
+        chunk = ChunkStorageMetadata(torch.Size(self._start), self._box.shape)
+        return LoadPlan(create_read_items_for_chunk_list(self._name, entry, [chunk]))
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._box
 
 
 @contextmanager

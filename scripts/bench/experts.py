@@ -7,7 +7,7 @@ rows together (six with backward) into memory that is there already: the same FL
 candidate starts from the chosen experts and their weights, sorts, computes and adds up. The peers are transformers'
 Qwen3 experts, in a loop ("eager") and grouped; without transformers they are left out. A candidate that takes more than
 five times the floor is run once, marked "once", and does not hold up the others. "again" is ours a second time: a
-difference within |again/ours - 1| is noise.
+difference within |again/ours - 1| is noise. "torch" is ours without the compiled path, whether or not it is built.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ import torch
 from torch import Tensor
 
 from moe import Experts, Fastest, Grouped, Loop
+from moe.blocks import KERNELS
 from moe.comm import Peers
 from moe.compute import Compute
 from moe.dispatch import Dispatch
 from moe.guests import Nobody
 from placement import RoundRobin, Topology
 from routing import AtHome, Choice
-from scripts.bench.table import median_ratio, rounds, show
+from scripts.bench.table import in_python, median_ratio, rounds, show
 
 Run = Callable[[], None]
 TYPES = (torch.float32, torch.bfloat16)
 SLOW = 5.0
-COLUMNS = ("ours", "again", "grouped", "HF eager", "HF grouped")
+COLUMNS = ("ours", "again", "torch", "grouped", "HF eager", "HF grouped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,8 @@ class Bench:
         self.dy_TD = torch.randn(load.tokens, load.dim, dtype=dtype)
 
     def candidates(self) -> dict[str, Run]:
-        computes: dict[str, Compute] = {"ours": Fastest(), "again": Fastest(), "grouped": Grouped()}
-        runs: dict[str, Run] = {name: self.run(compute) for name, compute in computes.items()}
+        runs: dict[str, Run] = {"ours": self.run(Fastest()), "again": self.run(Fastest())}
+        runs |= {"torch": in_python(self.run(Fastest())), "grouped": in_python(self.run(Grouped()))}
         return {"floor": self.floor(), **runs, **{name: self._timed(peer) for name, peer in self.peers().items()}}
 
     def run(self, compute: Compute) -> Run:
@@ -197,6 +198,7 @@ def main() -> None:
     if arguments.crossover:
         crossover(arguments.rounds)
         return
+    print(f"experts: {KERNELS.in_use()}")
     loads = {name: load for name, load in WORKLOADS.items() if arguments.only in (None, name)}
     for backward in (False, True):
         table(loads, arguments.rounds, backward=backward)
@@ -278,7 +280,11 @@ def crossover(count: int) -> None:
                 ratios = []
                 for backward in (False, True):
                     bench = Bench(load, dtype, backward=backward)
-                    runs = {"loop": bench.run(Loop()), "grouped": bench.run(Grouped()), "floor": bench.floor()}
+                    runs = {
+                        "loop": in_python(bench.run(Loop())),
+                        "grouped": in_python(bench.run(Grouped())),
+                        "floor": bench.floor(),
+                    }
                     seconds = measure(runs, count)
                     ratios.append(median_ratio(seconds["grouped"], seconds["loop"]))
                 rows.append([num_experts, dim, hidden, str(dtype).removeprefix("torch."), per_expert, *ratios])

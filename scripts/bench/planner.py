@@ -20,7 +20,17 @@ import torch
 from numpy.typing import NDArray
 
 from placement import LoadTrace, Packed, Placement, RoundRobin, Topology
-from routing import Assigner, Assignment, AtHome, LeastLoaded, LeastLoadedOnDevice, NearestCopy, Waterfill
+from routing import (
+    DECIDERS,
+    Assigner,
+    Assignment,
+    AtHome,
+    LeastLoaded,
+    LeastLoadedOnDevice,
+    NearestCopy,
+    Waterfill,
+    python_only,
+)
 from scripts.bench.table import median_ratio, rounds, show
 
 Table = NDArray[np.int64]
@@ -42,8 +52,20 @@ class OnHost:
         return Assignment(count_RE=count_RE, quota_RE=quota_RE.numpy())
 
 
+@dataclass(frozen=True)
+class InPython:
+    """Without the compiled path, whether or not it is built."""
+
+    assigner: Assigner
+
+    def __call__(self, count_RE: Table, placement: Placement) -> Assignment:
+        with python_only():
+            return self.assigner(count_RE, placement)
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    print(f"planners: {DECIDERS.in_use()}")
     heads = ["experts", "ranks", "assigner", "µs", "× the first", "visits", "peak/mean"]
     rows = [row for num_experts, ranks in SIZES for row in lending(num_experts, ranks)]
     show(f"Least-loaded planners, one thread, median of {ROUNDS}; Zipf {SKEWS}", heads, rows)
@@ -57,10 +79,13 @@ def lending(num_experts: int, ranks: int) -> list[list[object]]:
     topology = Topology.fitting(num_experts=num_experts, ranks=ranks, ranks_per_node=8)
     placement = RoundRobin().place(num_experts, topology)
     host = LeastLoaded(headroom=1.05, min_chunk=1024)
+    nodes = LeastLoaded(headroom=1.05, min_chunk=1024, node_R=topology.node_R)
     assigners: dict[str, Assigner] = {
         "LeastLoaded": host,
         "again": host,
-        "LeastLoaded, 8 ranks a node": LeastLoaded(headroom=1.05, min_chunk=1024, node_R=topology.node_R),
+        "LeastLoaded, in Python": InPython(host),
+        "LeastLoaded, 8 ranks a node": nodes,
+        "LeastLoaded, 8 ranks a node, in Python": InPython(nodes),
         "LeastLoadedOnDevice, on CPU": OnHost(LeastLoadedOnDevice(headroom=1.05, min_chunk=1024)),
         "AtHome": AtHome(),
     }

@@ -1,11 +1,13 @@
 """Claim: balancing costs little of a layer's forward, and several times less than the same rule by sorting.
 
     python -m scripts.bench.router [--tokens 8192] [--experts 64] [--top-k 8] [--rounds 5]
+    python -m scripts.bench.router --quotes
 
 One layer of dim 1024 and hidden 512, one thread, CPU seconds of the process, so other work on the machine matters
 little. Router: gate, scores, prices, choice and statistics of one forward in training, without autograd, over the
-forward of the whole layer. Balancing: what of it a router without prices does not spend. By sorting: the same prices
-from full sorts, as the definition has them. "Again" is the router without prices a second time: the noise of this run.
+forward of the whole layer. Balancing: what of it a router without prices does not spend. Quote: the prices alone; in
+torch: without the compiled path, built or not; by sorting: from full sorts, as the definition has them. "Again" is the
+router without prices a second time: the noise of this run.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ import torch
 from torch import Tensor
 
 from moe import MoE, MoEConfig
-from routing import Balancer, Router, Unpriced
+from routing import DECIDERS, Balancer, Router, Unpriced
 from routing.bip import Bip
 from routing.cutoff import Cutoff
 from routing.loss_free import LossFree
 from routing.quantile import EdgeQuantile, Quantile
 from routing.sinkhorn import Sinkhorn
-from scripts.bench.table import median_ratio, rounds, show
+from scripts.bench.table import in_python, median_ratio, rounds, show
 
 BALANCERS: dict[str, Balancer] = {
     "no prices": Unpriced(),
@@ -50,9 +52,14 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quotes", action="store_true", help="prices alone, of ever larger batches, no more")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    print(f"balancers: {DECIDERS.in_use()}")
+    if arguments.quotes:
+        quotes(arguments.rounds)
+        return
     config = MoEConfig(dim=1024, hidden=512, num_experts=arguments.experts, top_k=arguments.top_k)
     for dtype in (torch.float32, torch.bfloat16):
         measure(config, arguments.tokens, arguments.rounds, dtype)
@@ -74,6 +81,7 @@ def measure(config: MoEConfig, num_tokens: int, count: int, dtype: torch.dtype) 
     for name, balancer in BALANCERS.items():
         if isinstance(balancer, Bip) or (isinstance(balancer, Quantile) and balancer.rounds and not balancer.polish):
             candidates[f"{name}: quote"] = timed(quote(balancer, score_TE, top_k))
+            candidates[f"{name}: in torch"] = timed(in_python(quote(balancer, score_TE, top_k)))
             candidates[f"{name}: sorted"] = timed(sorted_quote(balancer, score_TE, top_k))
     seconds = rounds(candidates, count)
     rows = []
@@ -85,16 +93,38 @@ def measure(config: MoEConfig, num_tokens: int, count: int, dtype: torch.dtype) 
                 f"{median_ratio(seconds[name], seconds['layer']):.1%}",
                 f"{median_ratio(spent, seconds['layer']):.1%}",
                 median_ratio(seconds[name], seconds["softmax, top-k"]),
-                median_ratio(seconds[f"{name}: sorted"], seconds[f"{name}: quote"])
-                if f"{name}: sorted" in seconds
-                else "",
+                *(
+                    median_ratio(seconds[f"{name}: {over}"], seconds[under.format(name)])
+                    if f"{name}: {over}" in seconds
+                    else ""
+                    for over, under in (("quote", "softmax, top-k"), ("in torch", "{}: quote"), ("sorted", "{}: quote"))
+                ),
             ]
         )
-    heads = ["balancer", "router ÷ layer", "balancing ÷ layer", "router ÷ (softmax, top-k)", "by sorting ÷ quote"]
+    heads = ["balancer", "router ÷ layer", "balancing ÷ layer", "router ÷ (softmax, top-k)", "quote ÷ (softmax, top-k)"]
+    heads += ["in torch ÷ quote", "by sorting ÷ quote"]
     title = (
         f"{num_tokens} tokens, {config.num_experts} experts, top-{config.top_k}, {str(dtype).removeprefix('torch.')}"
     )
     show(f"Router and balancer, forward, {title}", heads, rows)
+
+
+def quotes(count: int) -> None:
+    """Popular experts: logits fall by 2 from the first to the last."""
+    rows: list[list[object]] = []
+    for name, num_tokens, num_experts in (
+        ("bip-8k64", 8192, 64),
+        ("bip-32k128", 32768, 128),
+        ("bip-64k256", 65536, 256),
+    ):
+        score_TE = (torch.randn(num_tokens, num_experts) + torch.linspace(1, -1, num_experts)).softmax(dim=1)
+        candidates = {"softmax, top-k": timed(partial(softmax_top_k, score_TE, 8))}
+        for who in ("Bip, 4 rounds", "Quantile, 1 round"):
+            candidates[who] = timed(quote(BALANCERS[who], score_TE, 8))
+            candidates[f"{who}, in torch"] = timed(in_python(quote(BALANCERS[who], score_TE, 8)))
+        seconds = rounds(candidates, count)
+        rows.append([name, *(median_ratio(taken, seconds["softmax, top-k"]) for taken in seconds.values())])
+    show("Prices of a batch ÷ (softmax, top-k)", ["batch", *candidates], rows)
 
 
 def built(config: MoEConfig, balancer: Balancer, dtype: torch.dtype) -> Router:

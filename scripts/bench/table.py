@@ -13,11 +13,14 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from routing import python_only
 from scripts.bench.foreign import Foreign
+
+T = TypeVar("T")
 
 ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 _run: dict[str, Any] = {"samples": [], "tables": []}
@@ -43,6 +46,16 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--json", type=Path, metavar="FILE", help="write the whole run here too")
     return arguments
+
+
+def in_python(once: Callable[[], T]) -> Callable[[], T]:
+    """Without the compiled path, whether or not it is built."""
+
+    def run() -> T:
+        with python_only():
+            return once()
+
+    return run
 
 
 def rounds(candidates: Mapping[str, Callable[[], float]], count: int) -> dict[str, list[float]]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
 from moe.doctor.cli import app
+from tests.launched import launched
 
-ROOT = Path(__file__).parent.parent.parent
 SCRIPT = """
 import sys
 
@@ -101,12 +98,8 @@ def test_it_runs_under_torchrun_and_asks_every_rank(tmp_path: Path) -> None:
     """The script destroys its process group: the ranks are asked before."""
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moe.doctor"]
-    done = subprocess.run(
-        [*words, str(script), "3", "many", "unaveraged"],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moe.doctor"]
+    done = launched([*words, str(script), "3", "many", "unaveraged"])
     assert done.returncode == 1, done.stdout + done.stderr
     assert "expert-gradient-scale" in done.stdout
     assert done.stdout.count("moe-doctor:") == 1

@@ -7,12 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from placement import RoundRobin, Topology
-from routing import DECIDERS, Assignment, BreakEven, LeastLoaded, Library, python_only
+from routing import (
+    DECIDERS,
+    Assignment,
+    Balancer,
+    Bip,
+    BreakEven,
+    Cutoff,
+    EdgeQuantile,
+    LeastLoaded,
+    Library,
+    Quantile,
+    python_only,
+)
 from tests.routing.batches import LAW, Batch, batches, crumbs, zipf
+from tests.routing.scored import NO_STEPS, popular
 
 pytestmark = pytest.mark.fast
 
@@ -76,6 +91,47 @@ def test_what_cpp_cannot_read_or_does_not_know_is_planned_in_python() -> None:
     for count_RE in (np.asfortranarray(batch.count_RE), batch.count_RE.astype(np.int32), read_only_RE):
         assert np.array_equal(LeastLoaded()(count_RE, batch.placement).quota_RE, want_RE)
     assert LeastLoaded(min_chunk=10**30)(*batch).loans(batch.placement) == ()
+
+
+@st.composite
+def scores(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, Tensor | None]:
+    """Scores and standing prices; in eighths, so that there are ties, or any. Padding, where there is a mask."""
+    tokens, experts = draw(st.sampled_from([1, 2, 15, 16, 17, 33, 300, 1500])), draw(st.integers(2, 20))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    score_TE, price_E = torch.rand(tokens, experts, generator=generator), torch.rand(experts, generator=generator) / 4
+    if draw(st.booleans()):
+        score_TE, price_E = (8 * score_TE).round() / 8, (8 * price_E).round() / 8
+    valid_T = None
+    if (share := draw(st.sampled_from([None, 0.0, 0.3, 1.0]))) is not None:
+        valid_T = torch.rand(tokens, generator=generator) < share
+    return score_TE + draw(st.sampled_from([0.0, -0.5])), price_E, draw(st.integers(1, experts)), valid_T
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("balancer", [Bip(), Bip(gauge="none"), Quantile(rounds=3), EdgeQuantile(), Cutoff()], ids=str)
+@settings(LAW, max_examples=60)
+@given(scores())
+def test_both_paths_quote_the_same_prices(balancer: Balancer, task: tuple[Tensor, Tensor, int, Tensor | None]) -> None:
+    score_TE, price_E, top_k, valid_T = task
+    quoted_E = balancer.quote(score_TE, price_E, top_k, valid_T=valid_T, settled=torch.tensor(0))
+    with python_only():
+        want_E = balancer.quote(score_TE, price_E, top_k, valid_T=valid_T, settled=torch.tensor(0))
+    assert torch.equal(quoted_E, want_E)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_both_paths_quote_the_same_prices_of_batches_as_they_are_on_any_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    for seed, (tokens, experts, top_k) in enumerate([(3000, 64, 8), (2048, 128, 16), (999, 32, 17)]):
+        score_TE, price_E = popular(tokens, experts, seed).float(), torch.zeros(experts)
+        for balancer in (Bip(), Quantile(rounds=2)):
+            with python_only():
+                want_E = balancer.quote(score_TE, price_E, top_k, valid_T=None, settled=NO_STEPS)
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                quoted_E = balancer.quote(score_TE, price_E, top_k, valid_T=None, settled=NO_STEPS)
+                torch.set_num_threads(before)
+                assert torch.equal(quoted_E, want_E)
 
 
 @pytest.mark.usefixtures("compiled")

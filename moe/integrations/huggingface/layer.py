@@ -37,12 +37,15 @@ class HostMoE(MoE):
         with torch.random.fork_rng(devices=[]):  # a model that is patched draws the numbers it would have drawn
             super().__init__(config, group, placement, device="meta")
             self.router = HostRouter(config.num_experts, _width(config), balancer=config.balancer, device=device)
-        self.experts = HostExperts(host, self.placement.experts_of(self.peers.rank).tolist(), config.compute)
+        self.experts = self._adopt(host, config)
         self.pool = Pool(config.num_experts, device)
         self.train(host.training)
         self._told: tuple[Tensor, Tensor] | None = None
         block.register_forward_pre_hook(self.router.hear)
         block.register_forward_hook(self.router.go_deaf, always_call=True)
+
+    def _adopt(self, host: nn.Module, config: MoEConfig) -> HostExperts:
+        return HostExperts(host, self.placement.experts_of(self.peers.rank).tolist(), config.compute)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         self._told = top_k_index, top_k_weights

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moe.integrations.told import ToldRouter
-from routing import Balancer
+from routing import Balancer, Choice, Rows
 
 
 class HostRouter(ToldRouter):
@@ -24,6 +24,7 @@ class HostRouter(ToldRouter):
 
     def __init__(self, num_experts: int, top_k: int, *, balancer: Balancer, device: torch.device) -> None:
         super().__init__(num_experts, top_k, balancer=balancer, device=device)
+        self.valid_T: Tensor | None = None  # see leave_padding_out
         self._ears: list[_Ear] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -32,9 +33,22 @@ class HostRouter(ToldRouter):
         score_TE, k = _asked(*args, **kwargs)
         if score_TE.ndim != 2 or score_TE.shape[1] != len(self.price_E) or k != self.top_k:
             return topk(*args, **kwargs)
-        expert_TK = self.ask(score_TE, lambda _: topk(*args, **kwargs).indices)
+        expert_TK = self.ask(score_TE, lambda _: topk(*args, **kwargs).indices, self.valid_T)
+        expert_TK = expert_TK.clamp(min=0)  # a recomputation repeats nowhere too, for which the host has no word
         # Always a gather, as a recomputation must save what the first forward saved.
         return torch.return_types.topk((score_TE.gather(1, expert_TK), expert_TK))
+
+    def told(self, expert_TK: Tensor, weight_TK: Tensor, rows: Rows | None, valid_T: Tensor | None = None) -> Choice:
+        """Without what the attention mask leaves out, if it is known."""
+        valid_T = self.valid_T if valid_T is None else valid_T
+        if valid_T is not None and len(valid_T) != len(expert_TK):
+            raise ValueError(
+                f"the attention mask tells of {len(valid_T)} tokens, this block was given {len(expert_TK)}; "
+                f"call remove() on what leave_padding_out returned"
+            )
+        if valid_T is not None:  # a number beyond the last expert is nowhere
+            expert_TK = expert_TK.where(valid_T[:, None], len(self.price_E))
+        return super().told(expert_TK, weight_TK, rows, valid_T)
 
     def hear(self, block: nn.Module, args: Any) -> None:
         self.heard = None

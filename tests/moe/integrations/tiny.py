@@ -43,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": 6, "head_dim": 8, "rotary_dim": 8},
     "granitemoe": {"num_local_experts": 6},
     "phimoe": {"num_local_experts": 6},
+    "ernie4_5_moe": {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 8, "moe_num_shared_experts": 1},
     "jamba": {
         "num_experts": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0,
         "use_mamba_kernels": False, "mamba_d_state": 8,

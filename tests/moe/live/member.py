@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe import Loop, MoE, MoEConfig, ReLU2
+from moe.backup import nobody, other_host
 from moe.comm import Pace, Peers, sum_over
 from moe.course import Phase
 from moe.live import Live
@@ -46,8 +48,10 @@ class Part:
     experts: int
     plan: Plan | None = None
     fault: Fault | None = None
-    timeout: float = 6.0
+    timeout: float = 20.0
     reads: bool = False
+    backup: bool = False
+    network: str = ""
     watch: int = 0
     lives: int = 1
     pause: float = 0.0
@@ -123,6 +127,7 @@ def resources() -> tuple[int, int, int]:
 def serve(part: Part, pipe: Connection) -> None:
     """The whole life of a member. Tells its number and pid first, what it saw last."""
     torch.set_num_threads(1)
+    enter(part.network)
     told, counts = Told(os.getpid(), 0), Counter[Phase]()
 
     def at(phase: Phase) -> None:
@@ -142,6 +147,7 @@ def serve(part: Part, pipe: Connection) -> None:
     whole = Net(part.experts, None, None)
     terms = Terms(
         timeout=part.timeout, patience=60.0, beat=0.2, slots=part.slots, pace=part.pace, at=at,
+        backup=other_host if part.backup else nobody,
         read=read if part.reads else None,
     )  # fmt: skip
     with torch.inference_mode():
@@ -197,6 +203,14 @@ def _step(live: Live, whole: Net, told: Told, part: Part) -> None:
             file.write(f"{live.member} {number}\n")
     if part.pause:
         time.sleep(part.pause)
+
+
+def enter(network: str) -> None:
+    """The network namespace of that name, if any."""
+    if network:
+        with Path(f"/run/netns/{network}").open() as file:
+            libc = ctypes.CDLL(None, use_errno=True)
+            assert libc.setns(file.fileno(), 0x40000000) == 0, os.strerror(ctypes.get_errno())
 
 
 def is_alive(pid: int) -> bool:

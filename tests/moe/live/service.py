@@ -20,11 +20,11 @@ from tests.moe.live.member import Part, Told, even, serve
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.moe.live.member"])
-LIMIT = 60.0
+LIMIT = 120.0
 
 
-def coordinate(pipe: Connection, lease: float, report: float, fences: bool) -> None:
-    server = Server(Coordinator(lease=lease, report=report), fence=kill if fences else spare)
+def coordinate(pipe: Connection, lease: float, report: float, fences: bool, bind: str) -> None:
+    server = Server(Coordinator(lease=lease, report=report), bind=bind, fence=kill if fences else spare)
     pipe.send(server.address)
     server.serve()
 
@@ -37,13 +37,14 @@ class Service:
         founders: int,
         *,
         experts: int = 8,
-        lease: float = 3.0,
+        lease: float = 20.0,
         fences: bool = True,
         start: bool = True,
+        bind: str = "127.0.0.1",
         **part: Any,
     ) -> None:
         ours, theirs = CONTEXT.Pipe()
-        self.coordinator = CONTEXT.Process(target=coordinate, args=(theirs, lease, 10.0, fences), daemon=True)
+        self.coordinator = CONTEXT.Process(target=coordinate, args=(theirs, lease, 10.0, fences, bind), daemon=True)
         self.coordinator.start()
         assert ours.poll(LIMIT)
         self.address: str = ours.recv()
@@ -95,7 +96,8 @@ class Service:
         """Until the last operation is over."""
         self.until(lambda: self.status()["operation"]["state"] not in ("pending", "running"))
         status = self.status()
-        assert status["operation"]["state"] == state, status
+        self._collect()
+        assert status["operation"]["state"] == state, (status, self.told)
         return status
 
     def rest(self, members: int) -> dict[str, Any]:
@@ -117,6 +119,14 @@ class Service:
     def gather(self) -> dict[int, Told]:
         self.until(lambda: self._collect() or not self.pipes)
         return self.told
+
+    def backed_up(self) -> None:
+        """Until every member that serves has the backups it is to keep."""
+        self.until(lambda: self._backed(self.status()))
+
+    def _backed(self, status: dict[str, Any]) -> bool:
+        serving = [member for member in status["all"] if member["state"] == "serving"]
+        return all(member["backed"] == status["epoch"] for member in serving)
 
     def heard(self, member: int) -> bool:
         """It ended, and told what it saw."""

@@ -35,7 +35,7 @@ def phases() -> list[object]:
 @pytest.mark.parametrize("phase", phases())
 def test_steps_go_on_when_the_coordinator_is_killed(phase: Phase) -> None:
     """At any phase of a change, which then happens on all members or on none."""
-    with Service(3, experts=8, start=False) as service:
+    with Service(3, experts=8, start=False, timeout=8.0) as service:
         pid = service.coordinator.pid or 0
         service.found(3, fault=Fault(member=1, phase=phase, victim=pid), watch=pid)
         service.join(watch=pid)

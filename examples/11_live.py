@@ -1,6 +1,6 @@
 """Ranks that come, go and die, while a model serves: two members, a third that joins, one that is killed.
 
-python examples/07_live.py
+python examples/11_live.py
 """
 
 from __future__ import annotations
