@@ -20,6 +20,7 @@ from moe.live import Live
 from moe.meters import Meters
 from moe.moving import Moved, move_experts, plan_of
 from moe.parity import assert_ep_parity
+from moe.planned import Capacity, CapacityError, Planned
 from moe.prices import settle_after, settle_prices
 from moe.record import Recorder
 from moe.recovery import ExpertsLostError
@@ -30,6 +31,8 @@ from moe.terms import Terms
 __all__ = [
     "EVERYONE",
     "GELU",
+    "Capacity",
+    "CapacityError",
     "Coordinator",
     "Elastic",
     "Experts",
@@ -44,6 +47,7 @@ __all__ = [
     "MoEConfig",
     "Moved",
     "Native",
+    "Planned",
     "Pulse",
     "ReLU2",
     "Recorder",

@@ -2,6 +2,8 @@
 
 The solver's answer is taken where it beats the heuristic's, and its dual bound where it beats the closed form. Status
 says "optimal" only where the bound was met, after a time-out as well as before.
+
+The programmes are imported by whoever solves one: whoever trains needs no solver, and may not have one.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from placement import cap, programmes
+from placement import cap
 from placement.affinity import Affinity, with_hops
 from placement.arrays import BoolArray, FloatArray, IntArray
 from placement.bounds import ROUNDING, Certificate, peak_bound_L
@@ -46,6 +48,8 @@ class Ilp:
         return self._balanced(trace, topology)
 
     def _balanced(self, trace: LoadTrace, topology: Topology) -> Plan:
+        from placement import programmes
+
         plan = Packed(seed=self.seed)(trace, topology)
         made: Provenance = {"planner": "ilp", "programme": "balance", "seed": self.seed}
         mean_L = trace.load_LE.sum(axis=1) / sum(topology.speed_R)
@@ -107,6 +111,8 @@ class Ilp:
         return with_hops(certified(placement_L, trace, topology, made), trace, topology)
 
     def _block(self, problem: Capped, rank_LE: IntArray, layer: int, topology: Topology) -> tuple[bool, IntArray]:
+        from placement import programmes
+
         gain_ER = problem.chain.gain(rank_LE[None], np.array([layer]))[0, 0]
         limit = self.seconds / (2 * len(rank_LE))
         load_KE = problem.load_LKE[layer]
@@ -132,6 +138,8 @@ class IlpWhole:
     seed: int = 0
 
     def __call__(self, trace: LoadTrace, topology: Topology) -> Plan:
+        from placement import programmes
+
         affinity = Affinity(balance_cap=self.balance_cap, node_worth=0.0, seed=self.seed)
         start = affinity(trace, topology)
         pair_LEE = trace.follow_LEE

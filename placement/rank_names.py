@@ -7,7 +7,6 @@ from itertools import permutations
 
 import numpy as np
 
-from placement import programmes
 from placement.arrays import FloatArray, IntArray
 from placement.topology import Topology
 
@@ -70,6 +69,8 @@ def _listed(flow: FloatArray, way_WG: IntArray, slow_RR: FloatArray) -> IntArray
 def _by_blocks(
     flow: FloatArray, slow_RR: FloatArray, alike_RR: IntArray, seconds: float, *, seed: int, sweeps: int = 2
 ) -> IntArray:
+    from placement import programmes
+
     layers, ranks = len(flow) + 1, len(slow_RR)
     rank_LG = np.repeat(np.arange(ranks)[None], layers, axis=0)
     nothing = np.zeros((ranks, ranks))

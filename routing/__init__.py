@@ -12,6 +12,7 @@ from routing.choice import NOWHERE, Choice
 from routing.cutoff import Cutoff
 from routing.dual import dual_change, dual_gap, dual_value, kept_score
 from routing.expert_choice import ExpertChoice
+from routing.flow_on_device import flow_on_device
 from routing.forced import ForcedRouter, forced_experts
 from routing.interior import optimize
 from routing.least_loaded import BreakEven, LeastLoaded, Worth
@@ -100,6 +101,7 @@ __all__ = [
     "dual_gap",
     "dual_value",
     "flips",
+    "flow_on_device",
     "forced_experts",
     "kept_score",
     "max_vio",

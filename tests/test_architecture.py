@@ -94,3 +94,22 @@ def test_there_is_no_drawer_for_odds_and_ends(path: Path) -> None:
 def test_every_test_folder_is_a_package(folder: Path) -> None:
     """With only some of them, `import moe` would find the tests."""
     assert (folder / "__init__.py").exists()
+
+
+def test_whoever_trains_needs_no_solver() -> None:
+    """From the package roots no import reaches PuLP but one inside a function: a machine for training may lack it."""
+    seen: set[Path] = set()
+    left = [ROOT / package / "__init__.py" for package in PACKAGES]
+    while left:
+        path = left.pop()
+        seen.add(path)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            assert not {module.split(".")[0] for module in modules} & {"pulp", "highspy"}, name(path)
+            files = [ROOT / Path(*module.split(".")).with_suffix(".py") for module in modules]
+            left += [file for file in files if file.exists() and file not in seen]

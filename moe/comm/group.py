@@ -97,6 +97,16 @@ def gather_counts(count_E: Tensor, peers: Peers) -> NDArray[np.int64]:
     return table
 
 
+def gather_table(count_F: Tensor, peers: Peers) -> Tensor:
+    """As gather_counts, but the table stays on its device and no host waits for it. -> [ranks, ...]"""
+    if peers.group is None:
+        return count_F[None]
+    table_RF = count_F.new_empty(peers.size, len(count_F))
+    with reaching_peers():
+        dist.all_gather(list(table_RF.unbind(0)), count_F.contiguous(), group=peers.group)
+    return table_RF
+
+
 def sum_over(tensors: Sequence[Tensor], peers: Peers) -> None:
     """Add up each tensor over the ranks, in place, in one message for each type and device."""
     _reduce(tensors, peers, dist.ReduceOp.SUM)

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 _run: dict[str, Any] = {"samples": [], "tables": []}
+_markdown: list[str] = []
 _foreign = Foreign()
 
 
@@ -84,17 +85,16 @@ def show(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> 
     busy = _foreign.read()
     tuned = ", ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ)
     note = f"Other programs took {busy:.0%} of the CPUs. Allocator: {tuned or 'as glibc has it'}."
-    print(f"\n### {title}\n\n{machine()}. {note}\n")
-    print("| " + " | ".join(heads) + " |")
-    print("|" + "-|" * len(heads))
+    lines = [f"\n### {title}\n\n{machine()}. {note}\n", "| " + " | ".join(heads) + " |", "|" + "-|" * len(heads)]
     for row in rows:
-        print("| " + " | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
-    print(end="", flush=True)
+        lines.append("| " + " | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+    print("\n".join(lines), flush=True)
     _run["tables"].append({"title": title, "foreign_cpu": busy, "heads": list(heads), "rows": [list(r) for r in rows]})
+    _markdown.append("\n".join(lines))
 
 
 def finish(arguments: argparse.Namespace) -> None:
-    """Write the JSON, if one was asked for."""
+    """Write the JSON, if one was asked for, and the tables as they were printed beside it, in a file .md."""
     if arguments.json is None:
         return
     given = {name: str(value) for name, value in vars(arguments).items() if name != "json"}
@@ -102,3 +102,4 @@ def finish(arguments: argparse.Namespace) -> None:
     whole = {"machine": machine(), "arguments": given, "environment": flags, **_run}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(whole, default=str) + "\n")
+    arguments.json.with_suffix(".md").write_text("\n".join(_markdown) + "\n")

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from moe import MoE, MoEConfig
+from moe import MoE, MoEConfig, Planned
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,3 +49,44 @@ def test_a_step_makes_the_host_wait_once() -> None:
         layer(x).sum().backward()
         torch.cuda.set_sync_debug_mode("default")
     assert len([warning for warning in caught if "synchroniz" in str(warning.message)]) <= 1
+
+
+def planned_on(device: str) -> Planned:
+    torch.manual_seed(0)
+    return Planned(SETTINGS).to(device, torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_planned_step_never_makes_the_host_wait() -> None:
+    layer = planned_on("cuda")
+    x = torch.randn(96, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    layer(x).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    layer.check()
+
+
+def test_a_captured_planned_step_is_the_step_on_other_tokens_too() -> None:
+    layer = planned_on("cuda")
+    x = torch.randn(96, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(layer(x).float().square().sum(), [x, *layer.experts.parameters()])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.autograd.grad(layer(x).float().square().sum(), [x, *layer.experts.parameters()])
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x) + 1)
+    graph.replay()
+    torch.cuda.synchronize()
+    eager = torch.autograd.grad(layer(x).float().square().sum(), [x, *layer.experts.parameters()])
+    for got, want in zip(captured, eager, strict=True):
+        assert (got - want).abs().max() <= 2e-2 * want.abs().max()
+    layer.check()
