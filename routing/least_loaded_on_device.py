@@ -27,7 +27,9 @@ class LeastLoadedOnDevice:
     headroom, worth: as in LeastLoaded. min_chunk: a visit brings at least half of it, or a whole expert; an excess
     below it stays at home. Nodes, and copies other than home, are not considered; use LeastLoaded for these.
 
-    `moe.Planned` is the layer that acts on it. It knows homes, but neither copies nor nodes. Not run on a GPU yet.
+    `moe.Planned` is the layer that acts on it. It cannot check what it does not read: a home that is no rank loses its
+    expert's rows. Not run on a GPU yet.
+    """
 
     headroom: float = 1.05
     min_chunk: int = 1
