@@ -135,8 +135,9 @@ class Membership:
             if self.number and time.monotonic() >= due:
                 due = time.monotonic() + self._beat
                 self._say({"do": "beat", "step": self.steps, "backed": self.backed})
-            readable, _, _ = select.select([self._link], [], [], self._beat / 2)
-            if readable and not self._hear():
+            poll = select.poll()  # select.select() takes no descriptor above 1023, and a process may have many
+            poll.register(self._link, select.POLLIN)
+            if poll.poll(1000 * self._beat / 2) and not self._hear():
                 self._again()
 
     def _hear(self) -> bool:
