@@ -118,7 +118,16 @@ def processor() -> str:
     if not cpuinfo.exists():
         return f"{platform.machine()} {platform.processor()}"
     with cpuinfo.open() as lines:
-        wanted = ("model", "cpu family", "flags", "Features", "CPU part")
+        wanted = (
+            "model",
+            "cpu family",
+            "flags",
+            "Features",
+            "CPU part",
+            "cpu",
+            "isa",
+            "uarch",
+        )  # x86, ARM, POWER, RISC-V
         return "".join(line for _, line in zip(range(40), lines) if line.split("\t")[0].rstrip(": \n") in wanted)
 
 

@@ -76,7 +76,11 @@ class Membership:
         self._say({"do": "hello", "plan": plan, "slots": slots, "portion": portion, "process": this_process()})
         self._thread = threading.Thread(target=self._listen, daemon=True, name="membership")
         self._thread.start()
-        self.wait(lambda view: True, timeout)
+        try:
+            self.wait(lambda view: True, timeout)
+        except BaseException:
+            self.close()
+            raise
 
     def tell(self, do: str, **fields: Any) -> None:
         """An event; of a coordinator that is away it is not heard."""

@@ -6,19 +6,25 @@ import os
 import pickle
 import resource
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.optim import SGD
 
-from moe.comm import Membership, Peers, Shelf
+from moe import Live, Terms
+from moe.comm import Membership, Peers, PeersLostError, Shelf
 from moe.comm.process import is_alive, is_here
 from moe.comm.serve import Server
 from moe.comm.standby import store_server
 from moe.comm.store import write_tensors
 from moe.coordinator import Coordinator
+from moe.roster import RefusedError
 
 pytestmark = pytest.mark.fast
 
@@ -81,6 +87,27 @@ def test_a_member_of_a_process_with_a_thousand_open_files_is_heard() -> None:
             os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         server.stop()
+
+
+def test_who_is_refused_leaves_no_thread_behind() -> None:
+    server = Server(Coordinator(lease=30.0))
+    server.start()
+    with pytest.raises(RefusedError):
+        Membership(server.address, plan="no plan", beat=0.05, timeout=20.0)
+    server.stop()
+    assert not [thread for thread in threading.enumerate() if thread.name == "membership"]
+
+
+def test_training_does_not_go_on_with_experts_of_another_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup or a checkpoint has experts as they were; the others have been trained since."""
+    restores = [{"layer": 0, "expert": 1, "member": 1, "source": "checkpoint"}]
+    monkeypatch.setattr("moe.live.verdict", lambda *_: {"lost": {}, "restores": restores})
+    live: Any = object.__new__(Live)
+    live.member, live.optimizer, live.terms, live.membership = 1, SGD([torch.zeros(1)]), Terms(), None
+    live._staging = live._trimming = None
+    live.stock, live._salvage = SimpleNamespace(layers=[]), SimpleNamespace(inventory=lambda stock: None)
+    with pytest.raises(PeersLostError, match="start again from a checkpoint"):
+        live._recover(1)
 
 
 def test_a_process_that_says_nothing_of_itself_is_not_here() -> None:
