@@ -79,7 +79,7 @@ class Blocks:
             stack.up,
             stack.down,
             back.h_MF,
-            back.weight_M,
+            None if back.weight_M is None else back.weight_M.contiguous(),
             back.dweight_M,
             dup,
             ddown,

@@ -63,7 +63,12 @@ class Guestbook:
         """The guests of this step, those that stayed and those that came; all that may stay on do."""
         here = self._guests | {expert: [stack[i] for stack in arrived] for i, expert in enumerate(new)}
         held = self._held_R[self.peers.rank]
-        self._guests = {expert: here[expert] for expert in held if expert in here}
+        # Of those that came each is a part of one message, which would stay as a whole with any of them.
+        self._guests = {
+            expert: [part.clone() for part in here[expert]] if expert in new else here[expert]
+            for expert in held
+            if expert in here
+        }
         if list(mine) == list(new) and arrived:
             return list(arrived)
         parts = [[here[expert][index] for expert in mine] for index in range(len(like))]

@@ -260,6 +260,8 @@ class Live:
             resolved = time.monotonic()
             if view["lost"]:
                 raise ExpertsLostError({int(layer): experts for layer, experts in view["lost"].items()})
+            if self.optimizer is not None and view["restores"]:  # they would be of another step than the others
+                raise PeersLostError("experts of a training run died with a member; start again from a checkpoint")
             epoch = Epoch.read(view["epoch"])
             self._number = self._handled = number = epoch.number
             if self.member not in epoch.members:

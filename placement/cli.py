@@ -18,6 +18,7 @@ from placement.files import write_whole
 from placement.formats import ENGINES, read_plan, read_trace, write_plan
 from placement.metrics import fan_out, local_share, moves_L, peak_over_mean, peak_over_mean_L, rank_load_WLR
 from placement.plan import Plan
+from placement.rename import machine_of
 from placement.report import report as reported
 from placement.trace import LoadTrace
 
@@ -45,7 +46,7 @@ def score(
 
 def _scored(trace: LoadTrace, plan: Plan) -> dict[str, Any]:
     """On the load of all windows together; the windows' own peaks beside it. None where the trace cannot tell."""
-    topology = options.machine_of(plan)
+    topology = machine_of(plan)
     peak_L = peak_over_mean_L(plan, trace.load_LE, topology)
     peak_WL = peak_over_mean(rank_load_WLR(plan, trace.load_WLE), topology.speed_R)
     pairs, tokens = trace.follow_LEE, trace.expert_TLK
@@ -143,7 +144,7 @@ def report(
         new_file(out)
         loads, made = options.traces([trace], window, experts), Plan.load(plan_file)
         with working("drawing"):
-            page = reported(made, loads, options.machine_of(made), _scored(loads, made))
+            page = reported(made, loads, machine_of(made), _scored(loads, made))
         write_whole(out, page.encode())
     emit({"written": [str(out)]}) if as_json else say(f"written: {out}")
 

@@ -17,6 +17,7 @@ from placement.console import emit, errors_in_one_line, new_file, say, show, wor
 from placement.files import write_whole
 from placement.formats import read_trace
 from placement.plan import Plan
+from placement.rename import machine_of
 from placement.simulate import ExpertShape
 from placement.simulate import simulate as simulated
 from placement.size import size as sized
@@ -43,7 +44,7 @@ def advise(
         loads, shape = options.traces([trace], window, experts), ExpertShape(dim=dim, hidden=hidden)
         running = Plan.load(plan_file) if plan_file else None
         if running is not None and not slots:
-            topology = options.machine_of(running)
+            topology = machine_of(running)
         else:
             topology = options.topology(nodes, ranks_per_node, slots or str(loads.num_experts), "", loads.num_experts)
         gemm = options.curve_of(curve, shape)
@@ -108,7 +109,7 @@ def simulate(
     with errors_in_one_line():
         loads, made = options.traces([trace], window, experts), Plan.load(plan_file)
         shape = ExpertShape(dim=dim, hidden=hidden)
-        topology = options.linked(options.machine_of(made), within, across)
+        topology = options.linked(machine_of(made), within, across)
         with working("simulating"):
             run = simulated(made, loads, topology, options.curve_of(curve, shape), shape)
     facts = {

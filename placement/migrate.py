@@ -19,7 +19,7 @@ import numpy as np
 
 from placement.fewest import fewest_moves, seats
 from placement.plan import EMPTY, Placement, Plan
-from placement.rename import machine, rename
+from placement.rename import machine_of, rename
 from placement.topology import Topology
 
 Naming = Callable[[Plan, Plan, Sequence[int]], Plan]
@@ -132,7 +132,7 @@ def migrate(
         _require_one_model(start, target)
         target = naming(start, target, weights)
     ranks = max(start.ranks, target.ranks)
-    node_R = (machine(target) if target.ranks == ranks else machine(start)).node_R
+    node_R = (machine_of(target) if target.ranks == ranks else machine_of(start)).node_R
     waves = [
         wave
         for layer, (old, new) in enumerate(zip(padded(start, ranks), padded(target, ranks), strict=True))

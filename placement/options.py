@@ -203,12 +203,6 @@ def rebalancer(start: Path, most_moves: int, wanted: Wanted) -> tuple[Planner, P
     return Rebalance(start=plan, most_moves=most_moves, seed=wanted.seed), plan
 
 
-def machine_of(plan: Plan) -> Topology:
-    """A plan that does not name its machine is judged on one node of like ranks."""
-    slots = plan.placement_L[0].expert_RS.shape[1]
-    return plan.topology or Topology.even(ranks=plan.ranks, slots=slots, ranks_per_node=plan.ranks)
-
-
 def linked(machine: Topology, within: float, across: float) -> Topology:
     """GB/s of the links; 0 keeps what the topology says."""
     fast = Link(latency=machine.within_node.latency, bandwidth=within * 1e9) if within else machine.within_node

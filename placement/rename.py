@@ -37,14 +37,14 @@ def as_given(start: Plan, target: Plan, byte_L: Sequence[int]) -> Plan:
 
 def rename_ranks(start: Plan, target: Plan, byte_L: Sequence[int]) -> Plan:
     """Fewest bytes of all: each layer by itself, whichever nodes its ranks are on."""
-    unlike_RR = _unlike(_kinds(machine(target)))
+    unlike_RR = _unlike(_kinds(machine_of(target)))
     pairs = zip(start.placement_L, target.placement_L, strict=True)
     return _renamed(target, [_assigned(_overlap(old, new), unlike_RR) for old, new in pairs])
 
 
 def rename_nodes(start: Plan, target: Plan, byte_L: Sequence[int]) -> Plan:
     """One naming for all layers; ranks of a node stay together. What holds of nodes and hops before holds after."""
-    topology = machine(target)
+    topology = machine_of(target)
     pairs = zip(start.placement_L, target.placement_L, byte_L, strict=True)
     overlap_RR = np.sum([num_bytes / max(byte_L) * _overlap(old, new) for old, new, num_bytes in pairs], axis=0)
     unlike_RR, node_R = _unlike(_kinds(topology)), np.array(topology.node_R)
@@ -65,7 +65,7 @@ def rename_nodes(start: Plan, target: Plan, byte_L: Sequence[int]) -> Plan:
     return _renamed(target, [goes_R] * len(target.placement_L))
 
 
-def machine(plan: Plan) -> Topology:
+def machine_of(plan: Plan) -> Topology:
     """The plan's own; where it names none, one node of ranks with as many slots as its widest layer."""
     slots = max(placement.expert_RS.shape[1] for placement in plan.placement_L)
     return plan.topology or Topology.even(ranks=plan.ranks, slots=slots, ranks_per_node=plan.ranks)

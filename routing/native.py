@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -59,13 +60,14 @@ class Library:
             raise ValueError(
                 f"no C++ compiler among {', '.join(COMPILERS)}; install one, or do without: it is optional"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             command = [compiler, *FLAGS, *self.flags, *map(str, self.sources), "-o", str(made), *self.links]
             ended = subprocess.run(command, capture_output=True, text=True, check=False)
             if ended.returncode:
                 raise ValueError(f"{compiler} cannot build {self.name}; nothing needs it. It said:\n{ended.stderr}")
+            made.chmod(0o755)
             made.replace(path)
         _loaded.cache_clear()
         return path
@@ -116,7 +118,16 @@ def processor() -> str:
     if not cpuinfo.exists():
         return f"{platform.machine()} {platform.processor()}"
     with cpuinfo.open() as lines:
-        wanted = ("model", "cpu family", "flags", "Features", "CPU part")
+        wanted = (
+            "model",
+            "cpu family",
+            "flags",
+            "Features",
+            "CPU part",
+            "cpu",
+            "isa",
+            "uarch",
+        )  # x86, ARM, POWER, RISC-V
         return "".join(line for _, line in zip(range(40), lines) if line.split("\t")[0].rstrip(": \n") in wanted)
 
 
@@ -127,6 +138,8 @@ def _loaded(library: Library) -> tuple[ctypes.CDLL | None, str]:
         path = library.path
         if not path.exists():
             return None, f"{path.name} is not built; run python -m moe.build"
+        if (problem := _distrust(path)) is not None:
+            return None, problem
         loaded = ctypes.CDLL(str(path))
         for name, letters in library.functions.items():
             function = getattr(loaded, name)
@@ -134,6 +147,18 @@ def _loaded(library: Library) -> tuple[ctypes.CDLL | None, str]:
         return loaded, str(path)
     except (OSError, RuntimeError) as failure:
         return None, f"it does not load ({failure})"
+
+
+def _distrust(path: Path) -> str | None:
+    """Why a binary is not run: whoever may write it would run what they like in this process."""
+    about = path.stat()
+    if about.st_uid not in (os.geteuid(), 0):
+        return (
+            f"{path} belongs to another user; set XDG_CACHE_HOME to a folder of your own, and run python -m moe.build"
+        )
+    if about.st_mode & stat.S_IWOTH:
+        return f"everybody may write {path}; remove it, and run python -m moe.build"
+    return None
 
 
 _HERE = Path(__file__).parent

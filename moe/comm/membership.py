@@ -76,7 +76,11 @@ class Membership:
         self._say({"do": "hello", "plan": plan, "slots": slots, "portion": portion, "process": this_process()})
         self._thread = threading.Thread(target=self._listen, daemon=True, name="membership")
         self._thread.start()
-        self.wait(lambda view: True, timeout)
+        try:
+            self.wait(lambda view: True, timeout)
+        except BaseException:
+            self.close()
+            raise
 
     def tell(self, do: str, **fields: Any) -> None:
         """An event; of a coordinator that is away it is not heard."""
@@ -135,8 +139,9 @@ class Membership:
             if self.number and time.monotonic() >= due:
                 due = time.monotonic() + self._beat
                 self._say({"do": "beat", "step": self.steps, "backed": self.backed})
-            readable, _, _ = select.select([self._link], [], [], self._beat / 2)
-            if readable and not self._hear():
+            poll = select.poll()  # select.select() takes no descriptor above 1023, and a process may have many
+            poll.register(self._link, select.POLLIN)
+            if poll.poll(1000 * self._beat / 2) and not self._hear():
                 self._again()
 
     def _hear(self) -> bool:

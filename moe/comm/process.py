@@ -16,13 +16,13 @@ def this_process() -> dict[str, Any]:
 
 
 def is_here(process: Mapping[str, Any]) -> bool:
-    return bool(process) and process["host"] == _host()
+    return bool(process) and process.get("host") == _host()
 
 
 def is_alive(process: Mapping[str, Any]) -> bool:
     """Of a process that is_here."""
-    started = _started(process["pid"])
-    return started is not None and bool(started == process["started"])
+    started = _started(process.get("pid", 0))
+    return started is not None and bool(started == process.get("started"))
 
 
 def kill(process: Mapping[str, Any]) -> None:

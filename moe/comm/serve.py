@@ -123,7 +123,10 @@ class Server:
         self._ended.set()
 
     def _accept(self) -> None:
-        link, _ = self._listener.accept()
+        try:
+            link, _ = self._listener.accept()
+        except OSError:  # who called hung up, or no descriptor is free: no reason to end the service
+            return
         link.setblocking(False)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._lines[link] = _Line(link)

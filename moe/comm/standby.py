@@ -7,6 +7,7 @@ connections, and whoever waits on them hears of it; abort() of gloo frees nobody
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -64,5 +65,8 @@ class Meeting:
 
 
 def store_server(host: str) -> TCPStore:
-    """A store that outlives any worker; its port is any free one."""
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    """A store that outlives any worker, on that address alone; its port is any free one."""
+    # Left to itself the store listens on every address of this machine, whatever its host is.
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())

@@ -8,7 +8,9 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from moe.comm.group import Peers, gather_objects
 
 Folder = str | os.PathLike[str]
+PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+RECORDS = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed._shard.sharded_tensor.metadata",
+)
 
 
 class Stored(NamedTuple):
@@ -112,8 +120,22 @@ class _Reader(FileSystemReader):
 
 
 class _Unpickler(pickle.Unpickler):
+    """Records of a checkpoint, and nothing that could run: a folder may be from anywhere."""
+
     def find_class(self, module: str, name: str) -> Any:
-        return Metadata if name.endswith("CoreMetadata") else super().find_class(module, name)
+        if name.endswith("CoreMetadata"):
+            return Metadata
+        if module.partition(".")[0] == "pathlib" and name in PATHS:
+            return PurePath
+        if (module, name) in {("torch", "Size"), ("torch.serialization", "_get_layout")}:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if module in RECORDS and "." not in name:
+            found = super().find_class(module, name)
+            if is_dataclass(found) or (isinstance(found, type) and issubclass(found, Enum)):
+                return found
+        raise ValueError(f"the checkpoint's .metadata asks for {module}.{name}, which is no record of a checkpoint")
 
 
 class _Box(DefaultLoadPlanner):

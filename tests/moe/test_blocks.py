@@ -103,3 +103,16 @@ def test_without_a_build_native_says_so_and_fastest_does_without() -> None:
         assert len(Fastest()((1, 2, 0), stack, SwiGLU(), 0)) == 2
         with pytest.raises(ValueError, match="python_only"):
             Native()((1, 2, 0), stack, SwiGLU(), 0)
+
+
+def test_weights_of_choices_may_lie_anywhere_in_memory() -> None:
+    """Every other number of a longer tensor, say."""
+    experts = Experts(5, 7, range(2), compute=Native())
+    x_TD, weight_N = torch.randn(6, 5, requires_grad=True), torch.rand(12)[::2].requires_grad_()
+
+    def grads(weight_N: Tensor) -> tuple[Tensor, ...]:
+        y_TD = experts(x_TD, weight_N, Stay(rows_A=(4, 2)), experts.stack(), Nobody())
+        return torch.autograd.grad(y_TD.square().sum(), [x_TD, weight_N, experts.up])
+
+    for strided, packed in zip(grads(weight_N), grads(weight_N.detach().clone().requires_grad_()), strict=True):
+        torch.testing.assert_close(strided, packed)

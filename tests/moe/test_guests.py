@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe import KeepGuests, MoE, MoEConfig, RefetchGuests, World, WorldError, lasting_visits
-from moe.comm import Lending
+from moe.comm import Lending, Peers
+from moe.guestbook import Guestbook
 from routing import LeastLoaded
 from tests.world import against_reference, tokens
 
@@ -161,3 +162,14 @@ def test_lasting_visits_refuse_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="no MoE layer"), lasting_visits(torch.nn.Linear(2, 2)):
         pass
     assert MoE(CONFIG).config.guests == KeepGuests()
+
+
+def test_a_guest_that_stays_keeps_no_memory_of_those_it_came_with() -> None:
+    book = Guestbook(1, Peers.of(None))
+    book._held_R = [{2: None}]
+    message = torch.randn(3, 20)
+    ups, downs = message[:, :12].view(3, 3, 4), message[:, 12:].view(3, 2, 4)
+    first = book.join([0, 1, 2], [0, 1, 2], [ups, downs], [ups, downs])
+    assert sum(part.untyped_storage().nbytes() for part in book._guests[2]) == 20 * message.itemsize
+    again = book.join([2], [], [], [ups, downs])
+    assert all(torch.equal(stack[2], stayed[0]) for stack, stayed in zip(first, again, strict=True))

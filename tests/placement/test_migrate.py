@@ -29,6 +29,7 @@ from placement import (
 from placement.groups import stray_L
 from placement.metrics import local_L, moves_L
 from placement.plan import EMPTY
+from placement.rename import machine_of
 from tests.placement.strategies import choices, drawn_loads
 
 pytestmark = pytest.mark.fast
@@ -292,3 +293,8 @@ def test_a_rebalanced_plan_is_reached_in_the_moves_that_it_counted() -> None:
     migration = migrate(start, target)
     replay(migration)
     assert 0 < migration.moves <= moves_L(start, target).sum()
+
+
+def test_a_plan_that_names_no_machine_is_judged_on_one_that_holds_its_widest_layer() -> None:
+    narrow, wide = (Placement(expert_RS=np.array(rows)) for rows in ([[0, 1], [2, 3]], [[0, 1, 2], [3, 0, 1]]))
+    assert machine_of(Plan(placement_L=(narrow, wide))).slots_R == (3, 3)

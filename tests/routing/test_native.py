@@ -174,6 +174,23 @@ def test_without_a_build_everything_runs_and_the_reason_is_told(
 
 
 @pytest.mark.usefixtures("compiled")
+def test_a_binary_that_others_may_have_written_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trusted = DECIDERS.path
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    copy = Library(name="copy", sources=DECIDERS.sources, functions=DECIDERS.functions)
+    copy.path.parent.mkdir()
+    copy.path.write_bytes(trusted.read_bytes())
+    copy.path.chmod(0o757)
+    assert copy.load() is None
+    assert "everybody may write" in copy.in_use()
+    monkeypatch.setattr("os.geteuid", lambda: copy.path.stat().st_uid + 1)
+    stranger = Library(name="copy", sources=DECIDERS.sources, functions=DECIDERS.functions)
+    if copy.path.stat().st_uid:
+        assert stranger.load() is None
+        assert "belongs to another user" in stranger.in_use()
+
+
+@pytest.mark.usefixtures("compiled")
 def test_a_build_that_fails_says_what_the_compiler_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "wrong.cpp").write_text("int main() { return wrong; }")
