@@ -14,7 +14,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; install it, or name another from 3.11 on: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) >/dev/null || { echo "make: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install $(notdir $(PYTHON))-venv"; exit 1; }
-	@echo "installing into $(VENV) (once; torch is a large download)"
+	@echo "installing into $(VENV) (once: minutes; torch is a large download; make PIP_FLAGS= shows what pip does)"
 	@DS_BUILD_OPS=0 $(VENV)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
@@ -34,6 +34,7 @@ test: $(VENV)/ready
 
 docs: $(VENV)/ready
 	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
+	@echo "written: build/site/index.html"
 
 chaos: $(VENV)/ready
 	@$(RUN)/python -m pytest tests/moe/live -m "chaos or not chaos"

@@ -1,6 +1,7 @@
 """moe-elastic: the coordinator of a live model, and what operators ask of it.
 
-Exit codes: 0 done; 1 the answer is no (an operation was called off); 2 what was asked for cannot be, in one line.
+Exit codes: 0 done, or taken on where there was no --wait; 1 the answer is no (an operation was called off, or was not
+done within --wait; it goes on, and the same --op asks after it); 2 what was asked for cannot be, in one line.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +23,7 @@ from moe.coordinator import Coordinator
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 At = Annotated[str, typer.Option(help="Where the coordinator is: host:port, or the file that holds it.")]
 Op = Annotated[str, typer.Option(help="A name for this request; asked again under it, it is done once.")]
-Wait = Annotated[float, typer.Option(help="Seconds to wait until it is done; 0 not to wait.")]
+Wait = Annotated[float, typer.Option(help="Seconds to wait until it is done, or exit 1; 0 not to wait.")]
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
 
 
@@ -61,7 +63,7 @@ def scale(
 ) -> None:
     """So many members. It waits for new ones to stand by, and moves the fewest experts it can."""
     with _errors_in_one_line():
-        _follow(ask(at, "scale", op=op or _any_name(), count=members), at, wait, as_json)
+        _follow(partial(ask, at, "scale", op=op or _any_name(), count=members), wait, as_json)
 
 
 @app.command()
@@ -75,7 +77,7 @@ def drain(
 ) -> None:
     """These members go, once others have their experts."""
     with _errors_in_one_line():
-        _follow(ask(at, "drain", op=op or _any_name(), members=members), at, wait, as_json)
+        _follow(partial(ask, at, "drain", op=op or _any_name(), members=members), wait, as_json)
 
 
 @app.command()
@@ -85,16 +87,14 @@ def cancel(name: Annotated[str, typer.Argument(help="Of the operation.")], *, at
         _show(ask(at, "cancel", op=name), as_json)
 
 
-def _follow(operation: dict[str, Any], at: str, wait: float, as_json: bool) -> None:
-    deadline = time.monotonic() + wait
+def _follow(asked: Callable[[], dict[str, Any]], wait: float, as_json: bool) -> None:
+    """Asked again under its name, an operation is not done again but tells how far it is."""
+    deadline, operation = time.monotonic() + wait, asked()
     while operation["state"] in ("pending", "running") and time.monotonic() < deadline:
         time.sleep(0.1)
-        last = ask(at, "status")["operation"]
-        if last["op"] != operation["op"]:
-            break
-        operation = last
+        operation = asked()
     _show(operation, as_json)
-    if operation["state"] == "aborted":
+    if operation["state"] == "aborted" or (wait > 0 and operation["state"] != "done"):
         raise typer.Exit(1)
 
 

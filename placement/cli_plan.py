@@ -45,7 +45,7 @@ def plan(
     start: Annotated[Path | None, typer.Option("--from", help="Rebalance from this plan.")] = None,
     max_moves: Annotated[int, typer.Option(help="Experts that a layer may fetch, with --from.")] = -1,
     time_limit: Annotated[float, typer.Option(help="Seconds for all integer programmes together.")] = 60.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the searches; the same seed, the same plan.")] = 0,
     speed: options.Speed = "",
     memory_gb: options.Memory = "",
     expert_mb: options.ExpertMb = 0.0,

@@ -12,5 +12,9 @@ if [ $# -lt 2 ]; then
 fi
 ranks=$1
 shift
+if ! command -v torchrun >/dev/null; then
+    echo "$0: torchrun is not on the PATH; after make: source .venv/bin/activate" >&2
+    exit 2
+fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec torchrun --standalone --nproc-per-node "$ranks" --max-restarts 0 "$@"

@@ -29,6 +29,9 @@ def test_an_operator_is_answered_or_told_why_not(tmp_path: Path) -> None:
     assert (told["members"], told["phase"], told["epoch"]) == ([1], "IDLE", 1)
     operation = json.loads(run(app, ["scale", "2", "--op", "grow", "--json", *at]).stdout)
     assert operation == {"op": "grow", "scale": 2, "state": "pending", "reason": "waits for 1 more members to stand by"}
+    waited = run(app, ["scale", "2", "--op", "grow", "--wait", "0.2", "--json", *at])
+    assert waited.exit_code == 1
+    assert json.loads(waited.stdout) == operation
     refused = run(app, ["drain", "1", *at])
     assert refused.exit_code == 2
     assert "'grow' is under way (WAIT); wait for it, or cancel it" in refused.stderr
