@@ -45,14 +45,16 @@ def problem_of(x: Tensor, valid: Tensor | None, ratio: Tensor | None, dim: int, 
     return None
 
 
-def header(choice: Choice | None, ratio_B: Tensor | None, grad_wanted: bool, price_E: Tensor) -> Tensor:
+def header(
+    choice: Choice | None, ratio_B: Tensor | None, grad_wanted: bool, price_E: Tensor, learning: int = 0
+) -> Tensor:
     """What every rank must know: rows for each expert; then tokens with bad logits, no choice made, ratios that are
-    none, grad wanted.
+    none, which weights of experts learn, grad wanted.
 
-    price_E: the router's.
+    price_E: the router's. learning: a bit for each weight.
     """
     num_experts = len(price_E)
-    head_F = torch.zeros(num_experts + 4, dtype=torch.int64, device=price_E.device)
+    head_F = torch.zeros(num_experts + 5, dtype=torch.int64, device=price_E.device)
     if choice is None:
         head_F[num_experts + 1] = 1
     else:
@@ -60,7 +62,8 @@ def header(choice: Choice | None, ratio_B: Tensor | None, grad_wanted: bool, pri
         head_F[num_experts] = _count_nonfinite(choice)
     if choice is not None and ratio_B is not None:
         head_F[num_experts + 2] = (~((ratio_B >= 0) & (ratio_B <= 1))).sum()
-    head_F[num_experts + 3] = int(grad_wanted)
+    head_F[num_experts + 3] = learning
+    head_F[num_experts + 4] = int(grad_wanted)
     return head_F
 
 
@@ -77,6 +80,16 @@ def raise_alike(flag_RF: NDArray[np.int64], problem: str | None, rank: int) -> N
     if (bad := np.flatnonzero(flag_RF[:, 2])).size:
         raise ValueError(
             f"ratio must be between 0 and 1; {flag_RF[bad, 2].tolist()} sequences on ranks {bad.tolist()} have another"
+        )
+
+
+def raise_if_unlike(learning_R: NDArray[np.int64]) -> None:
+    """Where experts visit, their gradients travel: every rank must send and expect the same ones."""
+    if len(set(learning_R.tolist())) > 1:
+        odd = np.flatnonzero(learning_R != learning_R[0]).tolist()
+        raise ValueError(
+            f"other weights of the experts learn on ranks {odd} than on rank 0, and experts visit: freeze the same "
+            f"ones on every rank, or use AtHome()"
         )
 
 

@@ -141,6 +141,19 @@ def _changed() -> None:
         layer(_tokens())
 
 
+def test_experts_frozen_on_some_ranks_alone_are_one_error_where_experts_visit(world: Worlds) -> None:
+    with pytest.raises(WorldError) as caught:
+        world(2).run(_frozen)
+    assert str(caught.value).count("other weights of the experts learn on ranks [1]") == 2
+
+
+def _frozen() -> None:
+    layer = _layer(CONFIG)
+    if dist.get_rank() == 1:
+        layer.experts.up.requires_grad_(False)
+    layer(_tokens())
+
+
 def test_after_lasting_visits_nobody_stays(world: Worlds) -> None:
     assert all(world(2).run(_afterwards))
 
