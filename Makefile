@@ -1,4 +1,4 @@
-# make demo: the main job on four CPU processes. make test: what CI runs. make check: under a minute, before each commit.
+# make demo: the main job on four CPU processes. make test: what CI runs. make check: a minute or two, before each commit.
 # make docs: the pages of docs/ as a site, in build/site.
 # make native: the optional C++ path, into the user's cache.
 PYTHON ?= python3.11
