@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -44,6 +45,7 @@ def main() -> None:
     arguments.add_argument("--loads", nargs="+", choices=[*LOADS], default=["zipf", "95:4", "drift"], metavar="LOAD")
     given = arguments.parse_args()
     words = ["-m", "scripts.bench.hosts", "worker", str(given.tokens), str(given.rounds), *given.loads]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts are taken down whoever ends this
     with Hosts(2, mbit=given.mbit) as hosts:
         jobs = hosts.torchrun(RANKS, words, {})
         told, rest = jobs[0].communicate(timeout=900)[0], [job.communicate(timeout=60)[0] for job in jobs[1:]]
