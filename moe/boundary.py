@@ -12,7 +12,7 @@ gradient, do not depend on how many ranks there are.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,23 @@ from moe.layer import MoE
 from moe.welcome import receive_replicated, receive_tensors, send_replicated, send_tensors
 
 
+def _agree_on_no_gradients(layers: Sequence[MoE], crossing: Peers) -> None:
+    """One error on all, if anybody has one: the others would wait for who stops here alone."""
+    left = any(weight.grad is not None for layer in layers for weight in layer.experts.parameters())
+    device = layers[0].router.price_E.device
+    left_R = gather_counts(torch.tensor([int(left)], device=device), crossing)[:, 0]
+    if left_R.any():
+        raise ValueError(
+            f"experts of ranks {left_R.nonzero()[0].tolist()} of this change have gradients, which would be lost; end "
+            f"a step with optimizer.zero_grad()"
+        )
+
+
 @torch.no_grad()
 def cross(change: Change, member: int, model: nn.Module, optimizer: Optimizer, crossing: Peers, pace: Pace) -> int:
     """All who take part call, after the same step, without gradients. -> bytes this member sent"""
     layers = list(layers_of(model).values())
-    if any(weight.grad is not None for layer in layers for weight in layer.experts.parameters()):
-        raise ValueError("an expert has a gradient, which would be lost; end a step with optimizer.zero_grad()")
+    _agree_on_no_gradients(layers, crossing)
     union, sent = change.union, 0
     for source, joiner in change.welcomes:
         if member == source:

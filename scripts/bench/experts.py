@@ -33,6 +33,7 @@ from moe.dispatch import Dispatch
 from moe.guests import Nobody
 from placement import RoundRobin, Topology
 from routing import AtHome, Choice
+from scripts.bench.dense import dense
 from scripts.bench.table import in_python, median_ratio, rounds, show
 
 Run = Callable[[], None]
@@ -151,25 +152,10 @@ class Bench:
         return once
 
     def floor(self) -> Run:
-        load = self.load
-
         def make(*shape: int) -> Tensor:
             return torch.randn(*shape, dtype=self.dtype)
 
-        x_ND, h_NF, a_NF = make(load.rows, load.dim), make(load.rows, 2 * load.hidden), make(load.rows, load.hidden)
-        up, down, y_ND = make(2 * load.hidden, load.dim), make(load.dim, load.hidden), make(load.rows, load.dim)
-        dup, ddown, dh_NF = torch.empty_like(up), torch.empty_like(down), make(load.rows, 2 * load.hidden)
-
-        def once() -> None:
-            torch.mm(x_ND, up.t(), out=h_NF)
-            torch.mm(a_NF, down.t(), out=y_ND)
-            if self.backward:
-                torch.mm(y_ND, down, out=a_NF)
-                torch.mm(y_ND.t(), a_NF, out=ddown)
-                torch.mm(dh_NF.t(), x_ND, out=dup)
-                torch.mm(dh_NF, up, out=y_ND)
-
-        return once
+        return dense(make, self.load.rows, self.load.dim, self.load.hidden, self.backward)
 
     def saved_mib(self, run: Callable[[], Tensor]) -> float:
         """What autograd keeps from forward to backward, each storage once, weights and the input left out."""

@@ -22,6 +22,7 @@ from moe.dispatch import Dispatch
 from moe.guests import Nobody
 from placement import RoundRobin, Topology
 from routing import AtHome, Choice
+from scripts.bench.dense import dense
 from scripts.bench.loads import LOADS, Case
 
 Run = Callable[[], object]
@@ -152,23 +153,8 @@ class Layer:
         return run
 
     def ceiling(self) -> Run:
-        """Two dense matmuls of all rows, six with backward, into memory that is there: the same FLOPs, no routing."""
-        shape = self.shape
-        x_ND, h_NF = self._random(shape.rows, shape.dim), self._random(shape.rows, 2 * shape.hidden)
-        a_NF, y_ND = self._random(shape.rows, shape.hidden), self._random(shape.rows, shape.dim)
-        up, down = self._random(2 * shape.hidden, shape.dim), self._random(shape.dim, shape.hidden)
-        dh_NF, dup, ddown = self._random(shape.rows, 2 * shape.hidden), torch.empty_like(up), torch.empty_like(down)
-
-        def once() -> None:
-            torch.mm(x_ND, up.t(), out=h_NF)
-            torch.mm(a_NF, down.t(), out=y_ND)
-            if self.backward:
-                torch.mm(y_ND, down, out=a_NF)
-                torch.mm(y_ND.t(), a_NF, out=ddown)
-                torch.mm(dh_NF.t(), x_ND, out=dup)
-                torch.mm(dh_NF, up, out=y_ND)
-
-        return once
+        """Two dense matmuls of all rows, six with backward."""
+        return dense(self._random, self.shape.rows, self.shape.dim, self.shape.hidden, self.backward)
 
     def error(self) -> float:
         """|ours - torch grouped| / |torch grouped|: both must be the same function before either is timed."""

@@ -18,7 +18,7 @@ import torch
 from torch.optim import SGD
 
 from moe import Live, Terms
-from moe.comm import Membership, Peers, PeersLostError, Shelf
+from moe.comm import Membership, Peers, PeersLostError, Shelf, ask
 from moe.comm.process import is_alive, is_here
 from moe.comm.serve import Server
 from moe.comm.standby import store_server
@@ -56,10 +56,17 @@ def test_a_store_listens_where_it_is_told_to_and_nowhere_else() -> None:
         socket.create_connection(("127.0.0.2", store.port), 5)
 
 
+def _place(address: str) -> tuple[str, int]:
+    host, port = address.rsplit(":", 1)
+    return host, int(port)
+
+
 def test_a_caller_that_hangs_up_at_once_does_not_end_the_service() -> None:
     server = Server(Coordinator(lease=30.0))
     server._accept()  # nobody is there any more
     server.start()
+    socket.create_connection(_place(server.address), 5).close()
+    assert ask(server.address, "status")["members"] == []
     server.stop()
 
 

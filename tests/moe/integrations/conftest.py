@@ -10,8 +10,8 @@ import pytest
 from moe import World
 
 
-@pytest.fixture(scope="session")
-def world(world: Callable[[int], World]) -> Callable[[int], World]:
+def warmed(world: Callable[[int], World], prepare: Callable[[], None]) -> Callable[[int], World]:
+    """Ranks that have imported a host before anybody counts the seconds."""
     ready: set[int] = set()
 
     def of(ranks: int) -> World:
@@ -19,11 +19,16 @@ def world(world: Callable[[int], World]) -> Callable[[int], World]:
         if ranks not in ready:
             ready.add(ranks)
             usual, started.timeout = started.timeout, timedelta(seconds=200)
-            started.run(_import_it)
+            started.run(prepare)
             started.timeout = usual
         return started
 
     return of
+
+
+@pytest.fixture(scope="session")
+def world(world: Callable[[int], World]) -> Callable[[int], World]:
+    return warmed(world, _import_it)
 
 
 def _import_it() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from moe import World
 from placement import Placement
 from routing import Balancer, Bip, LeastLoaded, LossFree, Quantile
+from tests.moe.integrations.conftest import warmed
 
 pytestmark = pytest.mark.skipif(
     find_spec("megatron") is None, reason="megatron-core is not installed; pip install 'evenmoe[dev]'"
@@ -27,19 +27,7 @@ def prepare() -> None:
 
 @pytest.fixture(scope="module")
 def ranks(world: Callable[[int], World]) -> Callable[[int], World]:
-    """Ranks that have imported Megatron before anybody counts the seconds."""
-    ready: set[int] = set()
-
-    def of(count: int) -> World:
-        started = world(count)
-        if count not in ready:
-            ready.add(count)
-            usual, started.timeout = started.timeout, timedelta(seconds=200)
-            started.run(prepare)
-            started.timeout = usual
-        return started
-
-    return of
+    return warmed(world, prepare)
 
 
 def call(name: str, *args: object) -> object:
