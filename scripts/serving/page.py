@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEAT, WAVE = "cividis", 12
+WIDE = (NOTHING, REROUTING)
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } img { max-width: 100%; }
@@ -84,7 +85,7 @@ def picture_of_time(runs: Mapping[str, Watched]) -> str:
     base = np.median(runs[NOTHING].latency_N(0))
     for color, (name, run) in enumerate(runs.items()):
         # Ways may agree to the last row: the wide line shows beside the narrow one above it.
-        style: dict[str, Any] = {"label": name, "color": f"C{color}", "linewidth": 4.0 if name == REROUTING else 1.2}
+        style: dict[str, Any] = {"label": name, "color": f"C{color}", "linewidth": 4.0 if name in WIDE else 1.2}
         if name == AGAIN:
             style |= {"linestyle": ":"}
         else:
@@ -99,8 +100,8 @@ def picture_of_time(runs: Mapping[str, Watched]) -> str:
     right.set(xlabel="latency / median latency of nothing", ylabel="percent of requests")
     right.legend(frameon=False, fontsize=8, loc="lower right")
     note = (
-        f"Left: peak over mean of ranks, mean over layers and {WAVE} steps; rerouting is the wide line, as it and both "
-        f"may agree. Right: from a request's arrival to its last byte, by the processor time of the busiest rank of "
+        f"Left: peak over mean of ranks, mean over layers and {WAVE} steps; other ways may agree with "
+        f"the two wide lines. Right: from a request's arrival to its last byte, by the processor time of the busiest rank of "
         f"each step, moves included; the slower half."
     )
     return picture("Peaks and latencies", note, figure)
