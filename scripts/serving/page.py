@@ -100,9 +100,9 @@ def picture_of_time(runs: Mapping[str, Watched]) -> str:
     right.set(xlabel="latency / median latency of nothing", ylabel="percent of requests")
     right.legend(frameon=False, fontsize=8, loc="lower right")
     note = (
-        f"Left: peak over mean of ranks, mean over layers and {WAVE} steps; other ways may agree with "
-        f"the two wide lines. Right: from a request's arrival to its last byte, by the processor time of the busiest rank of "
-        f"each step, moves included; the slower half."
+        f"Left: peak over mean of ranks, mean over layers and {WAVE} steps; other ways may agree with the two wide "
+        f"lines. Right: from a request's arrival to its last byte, by the processor time of the busiest rank of each "
+        f"step, moves included; the slower half."
     )
     return picture("Peaks and latencies", note, figure)
 
