@@ -31,6 +31,7 @@ from scripts.bench.measured import HEADS, Measured, shared
 from scripts.bench.part import PARTS
 from scripts.bench.table import ALLOCATOR, finish, machine, parser, show, versions
 
+ALLOCATORS = ("default", "tuned")
 TUNED = dict(zip(ALLOCATOR, ("0", "100000000000", "268435456"), strict=True))
 WEIGHT = {"plan": 4.0, "bip": 11.0, "ep2": 13.0, "ep4": 13.0, "tiny": 25.0, "wide": 120.0, "fine": 75.0, "decode": 10.0}
 QUICK = ("plan-256x8", "bip-8k64", "ep2-bal", "ep2-95:4", "ep2-zipf", "tiny-8x2", "wide-64x8", "decode-256")
@@ -54,6 +55,7 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    arguments.add_argument("--allocators", nargs="+", choices=ALLOCATORS, default=ALLOCATORS, help="of the experts")
     arguments.add_argument("--quick", action="store_true")
     arguments.add_argument("--minutes", type=float, default=13.0, help="for all of it, about")
     arguments.add_argument("--rounds", type=int, default=5, help="at most")
@@ -62,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = arguments.parse_args(argv)
     print(machine(), ", ".join(f"{name} {version}" for name, version in versions().items()), sep="\n", flush=True)
     start = time.monotonic()
-    jobs = jobs_of(given.only or (QUICK if given.quick else NAMES), quick=given.quick)
+    allocators = given.allocators[:1] if given.quick else given.allocators
+    jobs = jobs_of(given.only or (QUICK if given.quick else NAMES), allocators)
     minutes = min(given.minutes, 4.0) if given.quick else given.minutes
     found: list[tuple[Job, Measured]] = []
     failed: list[list[object]] = []
@@ -77,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     finish(given, seconds=took, measured=[{"allocator": job.allocator, **vars(one)} for job, one in found])
 
 
-def jobs_of(names: Sequence[str], *, quick: bool) -> list[Job]:
+def jobs_of(names: Sequence[str], allocators: Sequence[str]) -> list[Job]:
     jobs = []
     for part, known in PARTS.items():
         chosen = tuple(name for name in known if name in names)
-        for allocator in ("default", "tuned") if part == "experts" and not quick else ("default",):
+        for allocator in allocators if part == "experts" else ALLOCATORS[:1]:
             jobs += [Job(part=part, allocator=allocator, names=chosen)] if chosen else []
     return jobs
 

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -92,7 +93,8 @@ def interleaved(
     warm: float | None = None,
     agree: Callable[[float], float] = float,
 ) -> Samples:
-    """Each candidate once a round, so that a slow moment hits all alike; the first round warms up and is dropped.
+    """Each candidate once a round, so that a slow moment hits all alike; the first round warms up and is dropped. In
+    another order each round, the same on every process: what runs before leaves caches and the allocator's memory.
 
     budget: seconds for all rounds; as many are made as fit, one at least. warm: what a round takes, where the
     candidates are warm already. agree: makes one number of what many processes found, so that all stop together.
@@ -104,11 +106,11 @@ def interleaved(
             candidate()
         warm = time.monotonic() - start
     left = agree((end - time.monotonic()) / max(warm, 1e-9))
-    samples = Samples({name: [] for name in candidates}, [])
+    samples, shuffled = Samples({name: [] for name in candidates}, []), random.Random(0)
     for _ in range(max(1, int(min(count, left)))):
         watch = Foreign()
-        for name, candidate in candidates.items():
-            samples.seconds[name].append(candidate())
+        for name in shuffled.sample(list(candidates), len(candidates)):
+            samples.seconds[name].append(candidates[name]())
         samples.foreign.append(watch.read())
     _run["samples"].append({"seconds": samples.seconds, "foreign_cpu": samples.foreign})
     return samples
