@@ -32,11 +32,11 @@ def main() -> None:
                 for backward in (False, True):
                     bench = Bench(load, dtype, backward=backward)
                     runs = {
+                        "floor": bench.floor(),
                         "loop": in_python(bench.run(Loop())),
                         "grouped": in_python(bench.run(Grouped())),
-                        "floor": bench.floor(),
                     }
-                    seconds = measure(runs, count).seconds
+                    seconds = measure(runs, count)[0].seconds
                     ratios.append(median_ratio(seconds["grouped"], seconds["loop"]))
                 rows.append([num_experts, dim, hidden, str(dtype).removeprefix("torch."), per_expert, *ratios])
     heads = ["experts", "dim", "hidden", "type", "rows an expert", "forward", "forward + backward"]

@@ -35,13 +35,13 @@ from routing import AtHome, Choice
 from scripts.bench.clock import reason
 from scripts.bench.dense import dense
 from scripts.bench.measured import Measured, shared
-from scripts.bench.peers import FAILURES, MAKERS, Case, Peer, apart, peers_of
+from scripts.bench.peers import FAILURES, MAKERS, Case, Peer, peers_of
 from scripts.bench.table import Samples, band, cpu_seconds, in_python, interleaved, median_ratio, show
 
-Run = Callable[[], None]
+Run = Callable[[], Tensor | None]
 TYPES = (torch.float32, torch.bfloat16)
 SLOW = 5.0
-CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # others round more often
 COLUMNS = ("ours", "again", "torch", "grouped", *MAKERS)
 
 
@@ -95,22 +95,9 @@ class Bench:
         return Case(experts=self.experts, x_TD=self.x_TD, expert_TK=self.expert_TK, weight_TK=self.weight_TK)
 
     def peers(self) -> tuple[dict[str, Run], dict[str, str]]:
-        """Those that give what ours give, and why others do not take part."""
-        case, good = self.case(), {}
-        found, absent = peers_of(case)
-        with torch.no_grad():
-            y_TD = self.ours(Fastest())()
-        for name, peer in found.items():
-            try:
-                error = apart(case, peer, y_TD)
-            except FAILURES as failure:
-                absent[name] = reason(failure)
-                continue
-            if error > CLOSE[self.dtype]:
-                absent[name] = f"its result differs from ours by {error:.1e}"
-            else:
-                good[name] = self._timed(peer)
-        return good, absent
+        """Those that can be made, and why others cannot."""
+        found, absent = peers_of(self.case())
+        return {name: self._timed(peer) for name, peer in found.items()}, absent
 
     def run(self, compute: Compute) -> Run:
         return self._timed(Peer(self.ours(compute), self.experts))
@@ -146,7 +133,7 @@ class Bench:
         return run
 
     def _timed(self, peer: Peer) -> Run:
-        def once() -> None:
+        def once() -> Tensor:
             with torch.set_grad_enabled(self.backward):
                 y_TD = peer.run()
             if self.backward:
@@ -154,6 +141,7 @@ class Bench:
                 self.x_TD.grad = self.weight_TK.grad = None
                 peer.module.zero_grad(set_to_none=True)
                 self.experts.zero_grad(set_to_none=True)
+            return y_TD.detach()
 
         return once
 
@@ -210,9 +198,9 @@ def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool) -> I
         if backward and bench.load.experts > 32 and "HF eager" in peers:
             del peers["HF eager"]
             absent["HF eager"] = "its backward takes many times the floor here; python -m scripts.bench.experts has it"
-        samples = measure(bench.candidates() | peers, count, budget - (time.monotonic() - start))
+        samples, failed = measure(bench.candidates() | peers, count, budget - (time.monotonic() - start), CLOSE[dtype])
         what = f"{str(dtype).removeprefix('torch.')}, {'forward + backward' if backward else 'forward'}"
-        yield Measured.of(samples, workload=name, what=what, clock="CPU", absent=absent)
+        yield Measured.of(samples, workload=name, what=what, clock="CPU", absent=absent | failed)
 
 
 def table(loads: Mapping[str, Workload], count: int, *, backward: bool) -> None:
@@ -221,12 +209,13 @@ def table(loads: Mapping[str, Workload], count: int, *, backward: bool) -> None:
     for name, load in loads.items():
         for dtype in TYPES:
             bench = Bench(load, dtype, backward=backward)
-            peers, absent = bench.peers()
-            seconds = measure(bench.candidates() | bench.variants() | peers, count).seconds
+            found, absent = bench.peers()
+            samples, failed = measure(bench.candidates() | bench.variants() | found, count, close=CLOSE[dtype])
+            seconds, absent = samples.seconds, absent | failed
             ratio = {who: median_ratio(taken, seconds["floor"][: len(taken)]) for who, taken in seconds.items()}
             cells = [cell(who, ratio, seconds, count) for who in COLUMNS]
             cells.append(f"{band(seconds['again'], seconds['ours']):.2f}")
-            if peers:
+            if peers := [who for who in seconds if who in MAKERS]:
                 best = min(peers, key=lambda who: ratio[who])
                 gains.append(median_ratio(seconds[best], seconds["ours"][: len(seconds[best])]))
                 cells.append(f"{gains[-1]:.2f}")
@@ -246,18 +235,41 @@ def cell(who: str, ratio: Mapping[str, float], seconds: Mapping[str, Sequence[fl
     return f"{ratio[who]:.2f}{'' if len(seconds[who]) == count else ' once'}"
 
 
-def measure(candidates: Mapping[str, Run], count: int, budget: float = inf) -> Samples:
-    """CPU seconds of each candidate, round after round; of the slow peers, of one run."""
-    end, timed = time.monotonic() + budget, {name: cpu_seconds(run) for name, run in candidates.items()}
-    timed["floor"]()
-    floor = timed["floor"]()
-    once = {name: run() for name, run in timed.items()}
-    quick = [name for name in timed if once[name] < SLOW * floor or name not in MAKERS]
+def measure(
+    candidates: Mapping[str, Run], count: int, budget: float = inf, close: float = CLOSE[torch.bfloat16]
+) -> tuple[Samples, dict[str, str]]:
+    """CPU seconds of each candidate, round after round, the floor being the first of them; of the slow peers, of one
+    run. A peer that fails, or gives something else than ours, is not timed: -> and why not"""
+    end, once, absent = time.monotonic() + budget, {}, {}
+    y_TD: dict[str, Tensor | None] = {}
+    for name, run in candidates.items():
+        try:
+            start = time.process_time()
+            y_TD[name] = run()
+            once[name] = time.process_time() - start
+        except FAILURES as failure:
+            if name not in MAKERS:
+                raise
+            absent[name] = reason(failure)
+            continue
+        if name in MAKERS and (error := apart(y_TD[name], y_TD["ours"])) > close:
+            absent[name] = f"its result differs from ours by {error:.1e}"
+            del once[name]
+    y_TD.clear()
+    floor = cpu_seconds(candidates["floor"])()
+    quick = [name for name in once if once[name] < SLOW * floor or name not in MAKERS]
     repeats = max(1, min(20, int(0.05 / floor)))
     many = {name: cpu_seconds(candidates[name], repeats) for name in quick}
     warm = repeats * sum(once[name] for name in quick)
     samples = interleaved(many, count, budget=end - time.monotonic(), warm=warm)
-    return Samples({name: samples.seconds.get(name, [once[name]]) for name in candidates}, samples.foreign)
+    return Samples({name: samples.seconds.get(name, [once[name]]) for name in once}, samples.foreign), absent
+
+
+def apart(theirs: Tensor | None, ours: Tensor | None) -> float:
+    """|theirs - ours| / |ours|"""
+    assert theirs is not None
+    assert ours is not None
+    return float((theirs.double() - ours.double()).norm() / ours.double().norm())
 
 
 def saved(loads: Mapping[str, Workload]) -> None:

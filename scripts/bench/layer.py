@@ -4,9 +4,9 @@
 
 gloo processes of one thread each, a layer of 16 experts, top-4, dim 512, hidden 1024, over the streams of choices of
 scripts/bench/loads.py. The ceiling is at-home's peak/mean: what perfect balance at no cost would gain. CPU: the CPU
-seconds of the busiest rank, which other work on the machine disturbs less than the wall time. Peak: the most bytes of
-tensors that were alive at once on the busiest rank in a step. "again" is the at-home layer a second time: the noise of
-this run. Four processes do not fit two cores: there the CPU columns alone mean something.
+seconds of each step's busiest rank, which other work on the machine disturbs less than the wall time. Peak: the most
+bytes of tensors that were alive at once on the busiest rank in a step. "again" is the least-loaded layer a second time:
+the noise of this run. Four processes do not fit two cores: there the CPU columns alone mean something.
 """
 
 from __future__ import annotations
@@ -70,18 +70,18 @@ class Bench:
         config = replace(CONFIG, assigner=assigner, select=Told(expert_STK=self.told))
         return MoE(config, world_group(), placement, dtype=dtype)
 
+    def step(self, layer: MoE, backward: bool, number: int) -> Tensor:
+        layer.zero_grad(set_to_none=True)
+        x_TD, self.told[0] = self.x_STD[number], self.expert_STK[number]
+        with torch.set_grad_enabled(backward):
+            y_TD: Tensor = layer(x_TD.requires_grad_(backward))
+        if backward:
+            torch.autograd.backward(y_TD, torch.ones_like(y_TD))
+        return y_TD.detach()
+
     def steps(self, layer: MoE, backward: bool) -> list[Tensor]:
         """All steps of the load once."""
-        layer.zero_grad(set_to_none=True)
-        outs = []
-        for x_TD, expert_TK in zip(self.x_STD, self.expert_STK, strict=True):
-            self.told[0] = expert_TK
-            with torch.set_grad_enabled(backward):
-                y_TD = layer(x_TD.requires_grad_(backward))
-            if backward:
-                y_TD.backward(torch.ones_like(y_TD))
-            outs.append(y_TD.detach())
-        return outs
+        return [self.step(layer, backward, number) for number in range(len(self.x_STD))]
 
     def floor(self, backward: bool) -> Callable[[], None]:
         """All rows of a load as dense matmuls, equally many on each rank, and nothing sent."""
@@ -97,11 +97,13 @@ class Bench:
         )
 
     def sampled(self, backward: bool, count: int, budget: float = inf) -> dict[str, Samples]:
-        """By clock: the wall's, from when all ranks begin to when the last has ended, and the busiest rank's CPU."""
-        runs: dict[str, Callable[[], object]] = {
-            who: partial(self.steps, layer, backward) for who, layer in self.layers.items()
+        """By clock, summed over the steps: the wall's, from when all ranks begin to when the last has ended, and the
+        CPU's of the rank that was busiest in a step, another one in each where the load rotates."""
+        runs: dict[str, list[Callable[[], object]]] = {
+            who: [partial(self.step, layer, backward, number) for number in range(len(self.x_STD))]
+            for who, layer in self.layers.items()
         }
-        runs["floor"] = self.floor(backward)
+        runs["floor"] = [self.floor(backward)]
         cpu: dict[str, list[float]] = {who: [] for who in runs}
         timed = {who: timer(run, cpu[who]) for who, run in runs.items()}
         wall = interleaved(timed, count, budget=budget, agree=lambda left: -busiest(-left))
@@ -178,16 +180,20 @@ def measure(name: str, dtype: torch.dtype, case: Case, count: int) -> list[objec
     ]
 
 
-def timer(run: Callable[[], object], cpu: list[float]) -> Callable[[], float]:
-    """Wall seconds; the CPU seconds of the same run go to cpu."""
+def timer(steps: Sequence[Callable[[], object]], cpu: list[float]) -> Callable[[], float]:
+    """Wall seconds; the CPU seconds of the same steps go to cpu."""
 
     def once() -> float:
-        dist.barrier()
-        start, start_cpu = time.perf_counter(), time.process_time()
-        run()
-        wall, own_cpu = time.perf_counter() - start, time.process_time() - start_cpu
-        cpu.append(busiest(own_cpu))
-        return busiest(wall)
+        wall_S, cpu_S = [], []
+        for step in steps:
+            dist.barrier()
+            start, start_cpu = time.perf_counter(), time.process_time()
+            step()
+            wall, own_cpu = time.perf_counter() - start, time.process_time() - start_cpu
+            wall_S.append(busiest(wall))
+            cpu_S.append(busiest(own_cpu))
+        cpu.append(sum(cpu_S))
+        return sum(wall_S)
 
     return once
 
@@ -203,7 +209,7 @@ def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool) -> I
             (load, backward): LOADS[load].steps * (3.0 if backward else 1.0)
             for load in LOADS
             for backward in (False, True)
-            if (ranks, load) in wanted and (load in ALONE if not backward else not quick)
+            if (ranks, load) in wanted and (not quick if backward else quick or load in ALONE)
         }
         share = seconds * sum(each == ranks for each, _ in wanted) / len(wanted)
         with World(ranks, timeout=timedelta(minutes=10)) as world:

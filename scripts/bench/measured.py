@@ -56,7 +56,7 @@ class Measured:
             f"{noise:.3f}",
             len(ours),
             every or "-",
-            self.remark,
+            "; ".join(filter(None, (self.remark, "too few rounds for a claim" if len(ours) < FEWEST else ""))),
         ]
 
     def _counted(self) -> dict[str, list[float]]:

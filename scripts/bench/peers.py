@@ -137,12 +137,6 @@ def _alone() -> Any:
     return dist.group.WORLD
 
 
-def apart(case: Case, peer: Peer, y_TD: Tensor) -> float:
-    """|theirs - ours| / |ours|"""
-    with torch.no_grad():
-        return float((peer.run().double() - y_TD.double()).norm() / y_TD.double().norm())
-
-
 MAKERS: dict[str, Callable[[Case], Peer]] = {
     "HF eager": lambda case: hugging_face(case, "eager"),
     "HF grouped": lambda case: hugging_face(case, "grouped_mm"),

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     arguments.add_argument("--allocators", nargs="+", choices=ALLOCATORS, default=ALLOCATORS, help="of the experts")
     arguments.add_argument("--quick", action="store_true")
-    arguments.add_argument("--minutes", type=float, default=13.0, help="for all of it, about")
+    arguments.add_argument("--minutes", type=float, default=14.0, help="for all of it, about")
     arguments.add_argument("--rounds", type=int, default=5, help="at most")
     arguments.add_argument("--llep", metavar="PATH[:FUNCTION]")
     arguments.set_defaults(json=Path("out/bench/suite.json"))

@@ -120,9 +120,14 @@ def test_a_peer_that_fails_or_gives_something_else_is_a_reason(monkeypatch: pyte
     def failing(case: peers.Case) -> peers.Peer:
         return peers.Peer(lambda: case.x_TD @ case.x_TD, torch.nn.Identity())
 
-    monkeypatch.setattr(peers, "MAKERS", {"missing": missing, "other": other, "failing": failing})
-    found, absent = experts.Bench(TINY, torch.float32, backward=False).peers()
-    assert not found
+    makers = {"missing": missing, "other": other, "failing": failing}
+    monkeypatch.setattr(peers, "MAKERS", makers)
+    monkeypatch.setattr(experts, "MAKERS", makers)
+    bench = experts.Bench(TINY, torch.float32, backward=False)
+    found, absent = bench.peers()
+    samples, failed = experts.measure(bench.candidates() | found, 1)
+    assert samples.seconds.keys() == {"floor", "ours", "again"}
+    absent |= failed
     assert "no module named peer" in absent["missing"]
     assert "differs from ours" in absent["other"]
     assert "RuntimeError" in absent["failing"]
