@@ -165,7 +165,7 @@ def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool, thei
             runs["LLEP"] = partial(_sum_and_plan, theirs, ranks)
             their_peak = listed(llep.peak(runs["LLEP"](count_RE)) for count_RE in counts)
             said += f", LLEP {their_peak}"
-        timed = {who: cpu_seconds(partial(_each, run, counts), repeats=20) for who, run in runs.items()}
+        timed = {who: cpu_seconds(partial(_each, run, counts), repeats=60) for who, run in runs.items()}
         samples = interleaved(timed, max(count, 20), budget=budget)
         of_one = {who: [each / len(counts) for each in taken] for who, taken in samples.seconds.items()}
         what = f"Zipf {', '.join(map(str, SKEWS))}: of one plan"
