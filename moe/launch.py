@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -45,6 +46,10 @@ def kernels_refuse(tensor: Tensor, dtype: torch.dtype) -> str | None:
 
 def _interpreted(kernels: Any) -> bool:
     return type(kernels.times).__name__ == "InterpretedFunction"
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Tile(NamedTuple):
@@ -108,7 +113,7 @@ def times(x: Rows, weight: Tensor, bias: Tensor | None, share: Share, out: Tenso
     tile = tile_of(share.rows, experts, source_XD.dtype)
     tiles, programs = share.grid(tile, columns)
     if programs:
-        with torch.cuda.device_of(source_XD):
+        with _on(source_XD):
             kernels.times[(programs,)](
                 source_XD, x.index_M, weight, bias, share.end_A, out, experts, tiles, columns, inner, *weight.stride(),
                 INDEXED=x.index_M is not None, BIASED=bias is not None, **_shapes(kernels, share, tile),
@@ -124,7 +129,7 @@ def gated(x: Rows, stack: Stack, share: Share, h_MF: Tensor | None) -> Tensor:
     tile = tile_of(share.rows, experts, source_XD.dtype)
     tiles, programs = share.grid(tile, hidden)
     if programs:
-        with torch.cuda.device_of(source_XD):
+        with _on(source_XD):
             kernels.gated[(programs,)](
                 source_XD, x.index_M, stack.up, stack.up_bias, share.end_A, h_MF, a_MF, experts, tiles, hidden,
                 stack.up.shape[2], *stack.up.stride(), INDEXED=x.index_M is not None,
@@ -155,7 +160,7 @@ def gated_back(g: Rows, stack: Stack, share: Share, h_MF: Tensor, weight_M: Tens
     dot_BM = None if weight_M is None else weight_M.new_zeros(-(-hidden // tile.columns), share.rows)
     if programs:
         strides = stack.down.stride()
-        with torch.cuda.device_of(source_XD):
+        with _on(source_XD):
             kernels.gated_back[(programs,)](
                 source_XD, g.index_M, stack.down, share.end_A, h_MF, weight_M, dh_MF, a_MF, dot_BM, experts, tiles,
                 hidden, dim, share.rows, strides[0], strides[2], strides[1], INDEXED=g.index_M is not None,
@@ -172,7 +177,7 @@ def outer(left: Rows, right: Rows, share: Share, out: Tensor) -> Tensor:
     tile = outer_tile_of(out.dtype)
     blocks = -(-lefts // tile.rows) * -(-rights // tile.columns)
     if experts:
-        with torch.cuda.device_of(out):
+        with _on(out):
             kernels.outer[(blocks, experts)](
                 lefts_XL, left.index_M, rights_XR, right.index_M, share.end_A, out, lefts, rights,
                 LEFT=left.index_M is not None, RIGHT=right.index_M is not None, ROWS=tile.inner, LEFTS=tile.rows,
@@ -188,7 +193,7 @@ def permute(row_XD: Tensor, index_M: Tensor) -> Tensor:
     row_XD, width = row_XD.contiguous(), row_XD.shape[1]
     out_MD = row_XD.new_empty(len(index_M), width)
     if out_MD.numel():
-        with torch.cuda.device_of(row_XD):
+        with _on(row_XD):
             kernels.permute[(len(index_M), -(-width // _WIDTH))](
                 row_XD, index_M.contiguous(), out_MD, width, WIDTH=_WIDTH, enable_fp_fusion=True
             )
@@ -201,7 +206,7 @@ def combine(row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tenso
     row_XD, width, (tokens, top_k) = row_XD.contiguous(), row_XD.shape[1], place_TK.shape
     y_TD = row_XD.new_empty(tokens, width)
     if y_TD.numel():
-        with torch.cuda.device_of(row_XD):
+        with _on(row_XD):
             kernels.combine[(tokens, -(-width // _WIDTH))](
                 row_XD, place_TK.contiguous(), None if weight_TK is None else weight_TK.contiguous(), y_TD, width,
                 TOP_K=top_k, WEIGHTED=weight_TK is not None, WIDTH=_WIDTH, enable_fp_fusion=True,
@@ -215,7 +220,7 @@ def combine_back(dy_TD: Tensor, row_XD: Tensor, place_TK: Tensor, weight_TK: Ten
     row_XD, width, (tokens, top_k) = row_XD.contiguous(), row_XD.shape[1], place_TK.shape
     drow_XD, dweight_TK = torch.zeros_like(row_XD), torch.zeros_like(weight_TK, memory_format=torch.contiguous_format)
     if tokens and row_XD.numel():
-        with torch.cuda.device_of(row_XD):
+        with _on(row_XD):
             kernels.combine_back[(tokens,)](
                 dy_TD.contiguous(), row_XD, place_TK.contiguous(), weight_TK.contiguous(), drow_XD, dweight_TK, width,
                 TOP_K=top_k, CHOICES=kernels.triton.next_power_of_2(top_k), WIDTH=_WIDTH // 2, enable_fp_fusion=True,
