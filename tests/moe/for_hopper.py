@@ -1,4 +1,4 @@
-"""Compiles each kernel for a Hopper GPU, which need not be there, and fails where a program would spill or not fit."""
+"""Compiles each kernel for a Hopper GPU, which need not be there; fails where it does not fit its shared memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 from moe import kernels
 from moe.launch import outer_tile_of, tile_of
 
-SHARED, STACK = 227 << 10, 64  # bytes of a block, bytes of a thread
+SHARED = 227 << 10  # bytes of a block
 
 
 def compile_one(name: str, dtype: str, constants: dict[str, Any], warps: int, stages: int) -> Any:

@@ -197,7 +197,7 @@ def test_without_triton_fused_is_fastest_and_fastest_is_never_fused(monkeypatch:
     assert torch.equal(Fused().add(row_XD, place_TK, None), row_XD[place_TK].sum(dim=1))
 
 
-def test_the_kernels_compile_for_hopper_and_keep_to_its_registers_and_shared_memory(tmp_path: Path) -> None:
+def test_the_kernels_compile_for_hopper_and_fit_its_shared_memory(tmp_path: Path) -> None:
     """In a process without the interpreter, for a GPU that need not be there."""
     if (reason := kernels_refuse(torch.zeros(1), torch.float32)) is not None:
         pytest.skip(reason)
