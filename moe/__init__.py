@@ -6,7 +6,7 @@ from moe.backup import other_host
 from moe.census import census
 from moe.clip import clip_grad_norm, grad_norm
 from moe.comm import EVERYONE, Server, World, WorldError, nodes_of
-from moe.compute import Fastest, Grouped, Loop, Native
+from moe.compute import Fastest, Fused, Grouped, Loop, Native
 from moe.config import MoEConfig
 from moe.coordinator import Coordinator
 from moe.data_parallel import average_expert_grads, expert_parameters, leave_experts_alone
@@ -38,6 +38,7 @@ __all__ = [
     "Experts",
     "ExpertsLostError",
     "Fastest",
+    "Fused",
     "Grouped",
     "KeepGuests",
     "Live",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from moe.activation import Activation
 from moe.blocks import Blocks, blocks_refuse
-from moe.dispatch import upload
+from moe.dispatch import add_rows, upload
+from moe.fused import Tiles
+from moe.launch import combine, kernels_refuse
 from moe.matmuls import All, One
 from moe.stack import Batch, Stack
 
@@ -18,6 +21,14 @@ from moe.stack import Batch, Stack
 class Compute(Protocol):
     def __call__(self, rows_A: Sequence[int], stack: Stack, activation: Activation, start: int) -> Sequence[Batch]:
         """The batches of the rows from `start` on, rows_A of them for each expert of the stack, sorted by expert."""
+
+
+@runtime_checkable
+class Adds(Protocol):
+    """A compute that adds up the results as well."""
+
+    def add(self, row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
+        """As moe.trip.Add."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +103,27 @@ class Fastest:
             return Native()
         grouped = few if on_cpu else stack.up.dtype == torch.bfloat16
         return Grouped() if grouped and Grouped().takes(stack) else Loop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """Kernels in Triton for the whole stack, with the gather, SwiGLU and the sum over a token's rows in them: see
+    kernels.py. On GPUs from Ampere on, fp32, bf16 and fp16, where Triton is installed; elsewhere what Fastest takes.
+
+    Tested in Triton's interpreter and compiled for Hopper, but run on no GPU yet: so Fastest does not take it.
+    """
+
+    def takes(self, stack: Stack) -> bool:
+        return not any(kernels_refuse(weight, stack.up.dtype) for weight in stack if weight is not None)
+
+    def __call__(self, rows_A: Sequence[int], stack: Stack, activation: Activation, start: int) -> Sequence[Batch]:
+        if not self.takes(stack):
+            return Fastest()(rows_A, stack, activation, start)
+        if not sum(rows_A):
+            return []
+        row_A = upload([rows_A], stack.up.device)[0]
+        return [Tiles(slice(start, start + sum(rows_A)), row_A, row_A.cumsum(0).to(torch.int32))]
+
+    def add(self, row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
+        taken = kernels_refuse(row_XD, row_XD.dtype) is None
+        return (combine if taken else add_rows)(row_XD, place_TK, weight_TK)

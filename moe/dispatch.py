@@ -24,9 +24,19 @@ from torch import Tensor
 
 from moe.blocks import total
 from moe.comm import Peers, exchange
+from moe.trip import Add
 from routing import Assignment, Choice, at_least_fp32
 
 IntArray = NDArray[np.int64]
+
+
+def add_rows(row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
+    """An Add, in C++ or in torch."""
+    if (y_TD := total(row_XD, place_TK, weight_TK)) is not None:
+        return y_TD
+    if weight_TK is None or weight_TK.dtype == row_XD.dtype:
+        return F.embedding_bag(place_TK, row_XD, per_sample_weights=weight_TK, mode="sum")
+    return _weighted_total(row_XD, place_TK, weight_TK)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,7 +141,7 @@ class Dispatch:
             scalar_N.index_copy_(0, self.row_G, scalar_G)
         return scalar_N
 
-    def total(self, row_XD: Tensor, weight_N: Tensor | None) -> Tensor:
+    def total(self, row_XD: Tensor, weight_N: Tensor | None, add: Add = add_rows) -> Tensor:
         """The (weighted) rows of each token, added in fp32 or better in the order they were chosen: the same to the bit
         whichever rank computed them. -> y_TD, zero for tokens that went nowhere"""
         if self.top_k is None or not self.token_N.numel():
@@ -141,11 +151,7 @@ class Dispatch:
             return sum_TD.index_add_(0, self.token_N, row_ND).to(row_XD.dtype)
         place_TK = self.place_N.view(-1, self.top_k)
         weight_TK = None if weight_N is None else weight_N.view(-1, self.top_k)
-        if (y_TD := total(row_XD, place_TK, weight_TK)) is not None:
-            return y_TD
-        if weight_TK is None or weight_TK.dtype == row_XD.dtype:
-            return F.embedding_bag(place_TK, row_XD, per_sample_weights=weight_TK, mode="sum")
-        return _weighted_total(row_XD, place_TK, weight_TK)
+        return add(row_XD, place_TK, weight_TK)
 
 
 def _weighted_total(row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor) -> Tensor:

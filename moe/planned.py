@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from moe.batch import Batch, problem_of
 from moe.broadcast import keep_from_broadcast
-from moe.comm import Group, Peers, exchange, gather_counts, gather_table
-from moe.compute import Grouped
+from moe.comm import Group, Peers, gather_counts, gather_table
+from moe.compute import Fused, Grouped
 from moe.config import MoEConfig
 from moe.experts import compute_dtype
 from moe.fixed import Fixed, Homes, Room
+from moe.fused import Plan, combined, moved, through
 from moe.layer import MoE, Observer
 from moe.recompute import Replays
 from moe.stack import Stack
+from moe.swap import guard, swap, visit_all
 from placement import Placement
 from routing import Choice, LeastLoadedOnDevice, Rows, at_least_fp32
 
@@ -175,23 +176,45 @@ class Planned(MoE):
         dtype, peers = compute_dtype(x_TD), self.peers
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.to(dtype)
+            if isinstance(self.experts.compute, Fused) and self.experts.compute.takes(self._cast(dtype)):
+                return self._in_kernels(x_TD, choice, fixed)
             if peers.group is None:
                 row_MD = x_TD.index_select(0, fixed.token_X[fixed.index_M])
             else:
-                row_MD = _swap(x_TD.index_select(0, fixed.token_X), peers).index_select(0, fixed.index_M)
+                row_MD = swap(x_TD.index_select(0, fixed.token_X), peers).index_select(0, fixed.index_M)
             stack = self._active_stack(fixed, dtype)
             result_MD = self._through(row_MD.where(fixed.live_M[:, None], 0.0), stack, fixed)
             home_XD = result_MD.index_select(0, fixed.home_X)
-            home_XD = home_XD if peers.group is None else _swap(home_XD, peers)
+            home_XD = home_XD if peers.group is None else swap(home_XD, peers)
             return _total(home_XD, choice, fixed)
+
+    def _in_kernels(self, x_TD: Tensor, choice: Choice, fixed: Fixed) -> Tensor:
+        """The same through the kernels of Fused, which gather as they multiply, and leave out what is no row."""
+        stack, peers = self._active_stack(fixed, x_TD.dtype), self.peers
+        line_M = torch.arange(len(fixed.index_M), device=x_TD.device)
+        home_X = torch.full_like(fixed.home_X, -1).scatter_(0, fixed.index_M, line_M.where(fixed.live_M, -1))
+        place_TK = fixed.place_N.where(fixed.fits_N, -1).view(choice.num_tokens, -1)
+        weight_TK = _doomed(choice, fixed, torch.float32).view(place_TK.shape)
+        if peers.group is None:
+            place_TK = home_X[place_TK.clamp(min=0)].where(place_TK >= 0, -1)
+            plan = Plan(fixed.token_X[fixed.index_M], place_TK, fixed.row_A, fixed.end_A, self.config.activation)
+            return combined(through(x_TD, stack, plan), place_TK, weight_TK)
+        came_XD = swap(moved(x_TD, fixed.token_X, place_TK), peers)
+        plan = Plan(fixed.index_M, home_X[:, None], fixed.row_A, fixed.end_A, self.config.activation)
+        back_M1 = fixed.index_M.where(fixed.live_M, -1)[:, None]
+        home_XD = swap(moved(through(came_XD, stack, plan), home_X, back_M1), peers)
+        return combined(home_XD, place_TK, weight_TK)
 
     def _active_stack(self, fixed: Fixed, dtype: torch.dtype) -> Stack:
         """The experts at home, then the visitors. Who gets no row has no gradient here, whatever a kernel says."""
-        some = [None if weight is None else weight.to(dtype) for weight in self.experts.stack()]
+        some = list(self._cast(dtype))
         if len(fixed.pick_W):
-            some = [None if own is None else torch.cat([own, _visit(own, fixed.pick_W, self.peers)]) for own in some]
+            some = [None if own is None else torch.cat([own, visit_all(own, fixed.pick_W, self.peers)]) for own in some]
         busy_A = fixed.row_A > 0
-        return Stack(*(None if weight is None else _guard(weight, busy_A) for weight in some))  # type: ignore[arg-type]
+        return Stack(*(None if weight is None else guard(weight, busy_A) for weight in some))  # type: ignore[arg-type]
+
+    def _cast(self, dtype: torch.dtype) -> Stack:
+        return Stack(*(None if weight is None else weight.to(dtype) for weight in self.experts.stack()))  # type: ignore[arg-type]
 
     def _through(self, row_MD: Tensor, stack: Stack, fixed: Fixed) -> Tensor:
         h_MF = _times(row_MD, stack, stack.up, stack.up_bias, fixed)
@@ -221,8 +244,7 @@ def _total(home_XD: Tensor, choice: Choice, fixed: Fixed) -> Tensor:
     """The weighted rows of each token, added in fp32 or better in the order they were chosen."""
     assert choice.top_k is not None
     dtype = at_least_fp32(home_XD.dtype)
-    doom = torch.where(fixed.over, float("nan"), 1.0).to(dtype)
-    weight_TK = (choice.weight_N.to(dtype) * doom).view(-1, choice.top_k)
+    weight_TK = _doomed(choice, fixed, dtype).view(-1, choice.top_k)
     place_TK, fits_TK = fixed.place_N.view(-1, choice.top_k), fixed.fits_N.view(-1, choice.top_k)
     y_TD: Tensor | int = 0
     for place_T, fits_T, weight_T in zip(place_TK.unbind(1), fits_TK.unbind(1), weight_TK.unbind(1), strict=True):
@@ -232,54 +254,6 @@ def _total(home_XD: Tensor, choice: Choice, fixed: Fixed) -> Tensor:
     return y_TD
 
 
-def _swap(row_XD: Tensor, peers: Peers) -> Tensor:
-    """As many rows to each rank, and from each."""
-    equal = (len(row_XD) // peers.size,) * peers.size
-    return exchange(row_XD, equal, equal, peers)
-
-
-def _visit(weight: Tensor, pick_W: Tensor, peers: Peers) -> Tensor:
-    visiting: Tensor = _Visit.apply(weight, pick_W, peers)  # type: ignore[no-untyped-call]
-    return visiting
-
-
-class _Visit(torch.autograd.Function):
-    """forward:   visitors = P W[pick]      P the equal all-to-all
-    backward:  dW[pick] += P^T dvisitors, added in fp32 or better
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, pick_W: Tensor, peers: Peers) -> Tensor:
-        ctx.save_for_backward(pick_W)
-        ctx.peers, ctx.shape = peers, weight.shape
-        return _swap(weight.index_select(0, pick_W), peers)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dvisiting: Tensor) -> tuple[Tensor, None, None]:
-        came = _swap(dvisiting.contiguous(), ctx.peers)
-        dweight = came.new_zeros(ctx.shape, dtype=at_least_fp32(came.dtype))
-        dweight.index_add_(0, ctx.saved_tensors[0], came.to(dweight.dtype))
-        return dweight.to(came.dtype), None, None
-
-
-def _guard(weight: Tensor, busy_A: Tensor) -> Tensor:
-    guarded: Tensor = _Guard.apply(weight, busy_A)  # type: ignore[no-untyped-call]
-    return guarded
-
-
-class _Guard(torch.autograd.Function):
-    """forward:   W
-    backward:  dW where the expert has rows, else 0, for a grouped matmul may write nothing there
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, busy_A: Tensor) -> Tensor:
-        ctx.save_for_backward(busy_A)
-        return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dweight: Tensor) -> tuple[Tensor, None]:
-        (busy_A,) = ctx.saved_tensors
-        return dweight.where(busy_A.view(-1, *[1] * (dweight.ndim - 1)), 0.0), None
+def _doomed(choice: Choice, fixed: Fixed, dtype: torch.dtype) -> Tensor:
+    """The weights of the choices; NaN if something does not fit."""
+    return choice.weight_N.to(dtype) * torch.where(fixed.over, float("nan"), 1.0).to(dtype)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+Add = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""row_XD, place_TK, weight_TK -> of each token the (weighted) rows, added in fp32 or better in the order of k"""
 
 
 class Trip(Protocol):
@@ -31,7 +35,7 @@ class Trip(Protocol):
     def come(self, row_XD: Tensor | None, scalar_M: Tensor | None) -> Tensor | None:
         """The first M rows go back, and what comes home fills the room. -> scalar_N"""
 
-    def total(self, row_XD: Tensor, weight_N: Tensor | None) -> Tensor:
+    def total(self, row_XD: Tensor, weight_N: Tensor | None, add: Add) -> Tensor:
         """The (weighted) rows of each token, added. -> y_TD"""
 
 
@@ -49,5 +53,5 @@ class Stay:
     def come(self, row_XD: Tensor | None, scalar_M: Tensor | None) -> Tensor | None:
         return scalar_M
 
-    def total(self, row_XD: Tensor, weight_N: Tensor | None) -> Tensor:
+    def total(self, row_XD: Tensor, weight_N: Tensor | None, add: Add) -> Tensor:
         return row_XD if weight_N is None else (row_XD * weight_N[:, None]).to(row_XD.dtype)

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe.activation import Activation
-from moe.compute import Compute
+from moe.compute import Adds, Compute
+from moe.dispatch import add_rows
 from moe.guests import Guests, Nobody, Stacks
 from moe.pages import fresh, fresh_like
 from moe.stack import Back, Batch, Rows, Stack
-from moe.trip import Trip
+from moe.trip import Add, Trip
 from routing import at_least_fp32
 
 
@@ -45,6 +46,10 @@ class _Plan(NamedTuple):
     compute: Compute
     activation: Activation
     keep: bool
+
+    @property
+    def add(self) -> Add:
+        return self.compute.add if isinstance(self.compute, Adds) else add_rows
 
     def batches_at_home(self, own: Stack) -> Sequence[Batch]:
         rows_A = self.trip.rows_A[: len(own.up)]
@@ -84,7 +89,7 @@ class _Visit(torch.autograd.Function):
             if plan.keep:
                 stay = visiting if plan.guests.keeps else ()
                 ctx.save_for_backward(source_XD, h_MF, weight_N, *weights, *stay)
-            return trip.total(result_XD, None if weight_N is None else _wide(weight_N, x_TD))
+            return trip.total(result_XD, None if weight_N is None else _wide(weight_N, x_TD), plan.add)
 
     @staticmethod
     @once_differentiable
@@ -102,7 +107,7 @@ class _Visit(torch.autograd.Function):
                 return None, None, None, *grads
             # The gradient of the weight travels with that of x wherever x wants one: its own wish is not every rank's.
             dweight_N = trip.come(back.drow_XD, back.dweight_M)
-            dx_TD = None if back.drow_XD is None else trip.total(back.drow_XD, None)
+            dx_TD = None if back.drow_XD is None else trip.total(back.drow_XD, None, ctx.plan.add)
             dweight_N = None if dweight_N is None or not wants.weight else dweight_N.to(weight_N.dtype)
             return None, dx_TD, dweight_N, *grads
 

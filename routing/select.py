@@ -9,6 +9,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from routing.top_k import best_experts
+
 
 class Rows(NamedTuple):
     """Which token goes to which expert. top_k: as in Choice. wanted_N: expert_N before any was dropped; None: it is."""
@@ -85,8 +87,7 @@ class TopK:
     def __call__(self, priced_TE: Tensor, top_k: int, tokens: Tokens) -> Rows:
         if self.keep < self.groups:
             priced_TE = self._keep_best_groups(priced_TE)
-        expert_TK = priced_TE.topk(top_k, dim=-1).indices
-        return token_major(expert_TK)
+        return token_major(best_experts(priced_TE, top_k))
 
     def _keep_best_groups(self, priced_TE: Tensor) -> Tensor:
         """-inf outside the best groups. (Zero would win against negative priced scores.)"""

@@ -39,7 +39,7 @@ from scripts.bench.replay import Stage, counts, in_order
 from scripts.bench.table import finish, parser, show
 
 LOADS = {"balanced": "bal", "Zipf": "zipf", "hot 4": "95:4"}
-COLUMNS = ("ours", "again", "torch grouped", "HF grouped", "HF eager")
+COLUMNS = ("ours", "again", "Fused", "torch grouped", "HF grouped", "HF eager")
 LAYER_HEADS = (
     *("shape", "load", "error", "ceiling, ms"),
     *(f"{who}, × ceiling" for who in COLUMNS),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe import Experts, Fastest, SwiGLU
+from moe import Experts, Fastest, Fused, SwiGLU
 from moe.comm import Peers
 from moe.compute import Compute
 from moe.dispatch import Dispatch
@@ -86,6 +86,7 @@ class Layer:
 
     def candidates(self) -> dict[str, Run]:
         ways = {"ours": self.ours(Fastest()), "again": self.ours(Fastest()), "torch grouped": self.torch_grouped}
+        ways |= {"Fused": self.fused}
         ways |= {"HF grouped": self.hugging_face("grouped_mm"), "HF eager": self.hugging_face("eager")}
         return {"ceiling": self.ceiling(), **{name: self.step(way) for name, way in ways.items()}}
 
@@ -131,6 +132,15 @@ class Layer:
             return y_TD
 
         return run
+
+    def fused(self) -> Tensor:
+        """In Triton's kernels, and nothing else in their name."""
+        if self.device.type != "cuda" or not Fused().takes(self.experts.stack()):
+            raise RuntimeError("no GPU, or no Triton")
+        try:
+            return self.ours(Fused())()
+        except Exception as failure:  # Triton's own kinds must not end the other candidates
+            raise RuntimeError(str(failure)) from failure
 
     def torch_grouped(self) -> Tensor:
         """As one would write it with torch's grouped matmul and its autograd, without a host synchronisation."""

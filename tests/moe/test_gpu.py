@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from moe import MoE, MoEConfig, Planned
+from moe import Fastest, Fused, MoE, MoEConfig, Planned
+from moe.compute import Compute
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,14 +53,15 @@ def test_a_step_makes_the_host_wait_once() -> None:
     assert len([warning for warning in caught if "synchroniz" in str(warning.message)]) <= 1
 
 
-def planned_on(device: str) -> Planned:
+def planned_on(device: str, compute: Compute) -> Planned:
     torch.manual_seed(0)
-    return Planned(SETTINGS).to(device, torch.bfloat16)
+    return Planned(replace(SETTINGS, compute=compute)).to(device, torch.bfloat16)
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_planned_step_never_makes_the_host_wait() -> None:
-    layer = planned_on("cuda")
+@pytest.mark.parametrize("compute", [Fastest(), Fused()], ids=str)
+def test_a_planned_step_never_makes_the_host_wait(compute: Compute) -> None:
+    layer = planned_on("cuda", compute)
     x = torch.randn(96, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     layer(x).sum().backward()
     torch.cuda.synchronize()
@@ -70,8 +73,9 @@ def test_a_planned_step_never_makes_the_host_wait() -> None:
     layer.check()
 
 
-def test_a_captured_planned_step_is_the_step_on_other_tokens_too() -> None:
-    layer = planned_on("cuda")
+@pytest.mark.parametrize("compute", [Fastest(), Fused()], ids=str)
+def test_a_captured_planned_step_is_the_step_on_other_tokens_too(compute: Compute) -> None:
+    layer = planned_on("cuda", compute)
     x = torch.randn(96, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

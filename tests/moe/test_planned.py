@@ -15,8 +15,9 @@ from hypothesis import given
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe import Capacity, CapacityError, MoE, MoEConfig, Planned, World, census
+from moe import Capacity, CapacityError, Fastest, MoE, MoEConfig, Planned, World, census
 from moe.comm import Peers, world_group
+from moe.compute import Compute
 from moe.planned import _refuse_copies
 from placement import Placement, RoundRobin, Topology
 from routing import BreakEven, LeastLoaded, LeastLoadedOnDevice, LossFree, SwitchLoss, flow_on_device
@@ -65,14 +66,14 @@ def test_a_planned_layer_is_one_process_with_all_experts(world: Worlds, ranks: i
             assert ranks == 1 or name != "hot" or loans, "nothing was lent"
 
 
-def _exact() -> dict[str, tuple[str, float, int]]:
+def _exact(compute: Compute = Fastest(), dtype: torch.dtype = torch.float64) -> dict[str, tuple[str, float, int]]:
     peers, seen = Peers.of(world_group()), {}
     for name, (config, skew, more) in CASES.items():
-        layer, full = planned(config, group=world_group(), **more)
-        xs = tokens(6, (12,) * peers.size, skew, torch.float64)
+        layer, full = planned(replace(config, compute=compute), dtype, world_group(), **more)
+        xs = tokens(6, (12,) * peers.size, skew, dtype)
         valids = [torch.arange(12) % 3 > 0 if "padding" in name else None for _ in xs]
         x, valid = xs[peers.rank].clone().requires_grad_(), valids[peers.rank]
-        ws = tokens(6, (12,) * peers.size, 0.0, torch.float64, seed=9)
+        ws = tokens(6, (12,) * peers.size, 0.0, dtype, seed=9)
         y = layer(x, valid)
         (y * ws[peers.rank]).sum().backward()
         layer.check()

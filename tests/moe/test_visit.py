@@ -38,15 +38,15 @@ def _compiled_for_native(request: pytest.FixtureRequest) -> None:
 def choose(expert_TK: Tensor, num_experts: int, weight_TK: Tensor, *, as_rows: bool = False) -> Choice:
     """Rows of expert -1 go nowhere. as_rows: do not say that they are K for each token."""
     num_tokens, top_k = expert_TK.shape
-    score_TE = torch.zeros(num_tokens, num_experts)
+    score_TE = torch.zeros(num_tokens, num_experts, device=expert_TK.device)
     return Choice(
-        token_N=torch.arange(num_tokens).repeat_interleave(top_k),
+        token_N=torch.arange(num_tokens, device=expert_TK.device).repeat_interleave(top_k),
         expert_N=expert_TK.flatten(),
         wanted_N=expert_TK.flatten(),
         weight_N=weight_TK.flatten(),
         score_TE=score_TE,
         logit_TE=score_TE,
-        price_E=torch.zeros(num_experts),
+        price_E=score_TE.new_zeros(num_experts),
         valid_T=None,
         length=num_tokens,
         top_k=None if as_rows else top_k,
@@ -58,7 +58,7 @@ def alone(choice: Choice) -> Dispatch:
     """All experts on this process."""
     experts = choice.num_experts
     home = RoundRobin().place(experts, Topology.fitting(num_experts=experts, ranks=1, ranks_per_node=1))
-    return Dispatch.of(choice, AtHome()(choice.load_E.numpy()[None], home), range(experts), Peers.of(None))
+    return Dispatch.of(choice, AtHome()(choice.load_E.cpu().numpy()[None], home), range(experts), Peers.of(None))
 
 
 def literal(x_TD: Tensor, choice: Choice, experts: Experts) -> Tensor:
