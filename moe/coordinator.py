@@ -21,7 +21,7 @@ from typing import Any
 from moe.course import Course, Phase
 from moe.epoch import Change, Epoch, Transfer, changes
 from moe.operation import ABORTED, DONE, PENDING, RUNNING, Operation, Operations
-from moe.recovery import ExpertsLostError, Inventory, Restore, recovered
+from moe.recovery import ExpertsLostError, Inventory, Mark, Restore, common, recovered
 from moe.roster import Member, RefusedError, Roster, State
 from placement import Plan
 
@@ -52,6 +52,7 @@ class Coordinator:
         self._stages: list[Stage] = []
         self.repair: Repair | None = None
         self.restores: tuple[Restore, ...] = ()
+        self.mark: Mark | None = None
         self._settling: set[int] = set()
         self._founding: dict[int, Plan] = {}
         self._numbers = self._portion = 0
@@ -269,6 +270,7 @@ class Coordinator:
         serving = [member.number for member in self.roster.living(self.epoch.members)]
         taking_part = () if self.course is None else self.course.change.union
         reason, self.repair = self.repair.reason, None
+        self.mark, found = common(self.epoch, found)
         try:
             epoch, self.restores = recovered(self.epoch, self._next(), serving, found)
         except ExpertsLostError as error:
@@ -278,8 +280,8 @@ class Coordinator:
         for member in self.roster.living(taking_part):
             if member.number in epoch.members:
                 member.state = State.SERVING
-            elif member.state == State.SERVING:  # it was to leave, and nobody needs what it has
-                member.state = State.RELEASED
+            elif member.state == State.SERVING:  # it was to leave, or came after the step that all go back to
+                member.state = State.STANDBY if member.number in serving else State.RELEASED
         self.epoch, self._settling = epoch, set(epoch.members)
         self._abort(reason)
 
