@@ -46,7 +46,7 @@ class Live:
             address,
             plan=None if plan is None else plan.to_json(),
             slots=terms.slots,
-            portion=terms.portion,
+            portion=terms.bytes_per_boundary,
             beat=terms.beat,
             timeout=terms.patience,
         )
@@ -107,8 +107,7 @@ class Live:
                 if self.epoch is None and not self.serves():
                     raise ReleasedError(f"member {self.member} was released before its step was done")
                 if self._training is not None and self.epoch is not None:
-                    self._training.save(self.epoch, self.member, self.steps, view, self.peers)
-                    self.membership.backed = self._training.backed
+                    self._training.begin(self.epoch, self.steps, self.membership, self.peers)
                 result = step()
                 self._after()
             except PeersLostError as error:

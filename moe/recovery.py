@@ -92,6 +92,15 @@ class Restore:
     source: str
 
 
+@dataclass
+class Repair:
+    """Under way: who has to report, and what was heard. until: who is silent by then is dead."""
+
+    until: float
+    reason: str
+    found: dict[int, Inventory]
+
+
 def common(epoch: Epoch, found: Mapping[int, Inventory]) -> tuple[Mark | None, dict[int, Inventory]]:
     """The generation that all go back to, and what each had then; who made another one only is not among them.
 

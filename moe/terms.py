@@ -27,10 +27,10 @@ class Terms:
 
     backup: who keeps whose experts in host memory; `other_host`, or `nobody`. All members need the same.
 
-    optimizer: makes the optimiser of a model that is trained. Then experts travel between two steps, at most `portion`
-    of them to or from a rank, 0 for any number; all members need the same. Backups are then made before a step, every
-    `backup_every` steps, and after a death all go back to the last; see Training. resume: (model, optimiser, peers) ->
-    the step it is at, from a checkpoint of the whole run, where backups do not help.
+    optimizer: makes the optimiser of a model that is trained. Then experts travel between two steps, at most
+    `bytes_per_boundary` of them to or from a rank, 0 for any number; all members need the same. Backups are then made
+    before a step, every `backup_every` steps, and after a death all go back to the last; see Training. resume: (model,
+    optimiser, peers) -> the step it is at, from a checkpoint of the whole run, where backups do not help.
 
     at: called when a phase begins, for tests that let a member fail there.
     """
@@ -44,7 +44,7 @@ class Terms:
     read: Reader | None = None
     backup: Keepers = nobody
     optimizer: Callable[[nn.Module], Optimizer] | None = None
-    portion: int = 0
+    bytes_per_boundary: int = 0
     backup_every: int = 1
     resume: Resume | None = None
     tries: int = 5

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from moe.backup import nobody, only_copies
 from moe.belongings import Belongings, layers_of, packed, padded_bytes
 from moe.boundary import cross, has_gradients, refuse_gradients
-from moe.comm import Peers, View, gather_counts, ship
+from moe.comm import Membership, Peers, View, gather_counts, ship
 from moe.epoch import Change, Epoch
 from moe.recovery import CHECKPOINT, Inventory, Mark, Saved
 from moe.snapshot import Snapshot
@@ -43,6 +43,7 @@ class Training:
         self.model, self.optimizer, self.terms = model, optimizer, terms
         self.layers = list(layers_of(model).values())
         self.bytes = 0
+        self._begun = False
         self._generations: list[Snapshot] = []
 
     def inventory(self, stock: Stock) -> Inventory:
@@ -53,25 +54,28 @@ class Training:
     def cross(self, change: Change, member: int, step: int, crossing: Peers) -> tuple[int, int]:
         return cross(change, member, step, self.model, self.optimizer, crossing, self.terms.pace)
 
-    @property
-    def backed(self) -> int:
-        """The epoch of the last generation, 0 for none."""
-        return self._generations[-1].saved.mark.epoch if self._generations else 0
-
     @torch.no_grad()
-    def save(self, epoch: Epoch, member: int, step: int, view: View, peers: Peers) -> None:
-        """A generation, if one is due. All members call, between two steps, without gradients."""
+    def begin(self, epoch: Epoch, step: int, membership: Membership, peers: Peers) -> None:
+        """Before every step, on all members, without gradients: a generation of backups, if one is due. And the others
+        hear what an expert weighs, once there was a step, in which the optimiser made what it keeps."""
+        if self._begun and self.terms.bytes_per_boundary:
+            membership.byte_L = tuple(self._byte_L)
+        self._begun = True
         last = self._generations[-1].saved.mark if self._generations else Mark(0, 0)
-        late = last.epoch != epoch.number or step - last.step >= self.terms.backup_every
-        if not late or self.terms.backup is nobody:
-            return
-        keeper_of = self.terms.backup(epoch.members, {int(each): host for each, host in view["hosts"].items()})
-        keeper = epoch.rank_of(keeper_of[member]) if member in keeper_of else NOBODY
+        due = last.epoch != epoch.number or step - last.step >= self.terms.backup_every
+        if due and self.terms.backup is not nobody:
+            assert membership.view is not None
+            hosts = {int(each): host for each, host in membership.view["hosts"].items()}
+            keeper = self.terms.backup(epoch.members, hosts).get(membership.number)
+            self._save(Mark(epoch.number, step), NOBODY if keeper is None else epoch.rank_of(keeper), epoch, peers)
+            membership.backed = epoch.number
+
+    def _save(self, mark: Mark, keeper: int, epoch: Epoch, peers: Peers) -> None:
         keeper_R, byte_L = self._agreed(keeper, peers)
         wards = [ward for ward, rank in zip(epoch.members, keeper_R) if rank == peers.rank]
         room = self._generations.pop(0) if len(self._generations) == 2 else None
         saved = Saved(
-            mark=Mark(epoch.number, step),
+            mark=mark,
             members=epoch.members,
             held_L=tuple(layer.experts.expert_ids for layer in self.layers),
             backup_L=tuple(
@@ -116,13 +120,19 @@ class Training:
             raise ValueError(f"members resumed from steps {step_R.tolist()}, not from one; let all read one checkpoint")
         return step
 
-    def _agreed(self, keeper: int, peers: Peers) -> tuple[list[int], list[int]]:
-        """-> every rank's keeper, and what an expert of each layer weighs with all that belongs to it"""
-        weights = [
+    @property
+    def _byte_L(self) -> list[int]:
+        """What an expert of each layer weighs; 0 where none is here."""
+        return [
             padded_bytes(Belongings.of(layer, self.optimizer).expert_bytes) * bool(layer.experts.expert_ids)
             for layer in self.layers
         ]
-        said = torch.tensor([has_gradients(self.layers), keeper, *weights], device=self.layers[0].experts.up.device)
+
+    def _agreed(self, keeper: int, peers: Peers) -> tuple[list[int], list[int]]:
+        """-> every rank's keeper, and what an expert of each layer weighs with all that belongs to it"""
+        said = torch.tensor(
+            [has_gradients(self.layers), keeper, *self._byte_L], device=self.layers[0].experts.up.device
+        )
         said_RX: NDArray[np.int64] = gather_counts(said, peers)
         refuse_gradients(said_RX[:, 0])
         byte_RL = said_RX[:, 2:]

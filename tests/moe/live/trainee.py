@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import signal
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pkgutil import resolve_name
 from typing import Any
@@ -30,12 +32,12 @@ CONFIG = MoEConfig(dim=8, hidden=16, num_experts=8, top_k=2, compute=Loop(), bia
 BATCH = 48
 State = dict[str, NDArray[Any]]
 PLACES = ("forward", "backward", "before the optimiser", "after the optimiser", "backup", "backup's end")
-CROSSINGS = ("crossing", "crossing's end", "after the crossing")
+CROSSINGS = ("crossing", "crossing's end", "after the crossing", "next backup")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Death:
-    """Of a member, in that step, or in the crossing after it or later."""
+    """Of a member, in that step, or in the first crossing after it."""
 
     member: int
     step: int
@@ -147,13 +149,24 @@ def _train(part: Part, pipe: Connection, told: Told, stack: ExitStack) -> None:
             if (death.member, death.place) == (live.member, place) and in_time:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    for where, place in {
-        "moe.training.ship": "backup",
-        "moe.snapshot.Snapshot.finish": "backup's end",
-        "moe.boundary.packed": "crossing",
-        "moe.boundary._rehouse": "after the crossing",
+    crossings = Counter[str]()
+
+    def gathering() -> None:
+        crossings["gathered"] += 1
+        at("crossing" if crossings["gathered"] % 2 else "crossing's end")
+
+    def shipping() -> None:
+        at("backup")
+        if crossings["gathered"]:
+            at("next backup")
+
+    for where, first in {
+        "moe.training.ship": shipping,
+        "moe.snapshot.Snapshot.finish": partial(at, "backup's end"),
+        "moe.boundary.gather_counts": gathering,
+        "moe.boundary._rehouse": partial(at, "after the crossing"),
     }.items():
-        stack.enter_context(_before(where, place, at))
+        stack.enter_context(_before(where, first))
 
     def build(group: Peers, plan: Plan) -> Net:
         model = Net(group, plan, seed=0 if part.plan is not None else 7)
@@ -184,12 +197,12 @@ def _train(part: Part, pipe: Connection, told: Told, stack: ExitStack) -> None:
     live.close()
 
 
-def _before(where: str, place: str, at: Callable[[str], None]) -> Any:
-    """A function that is called at that place first."""
+def _before(where: str, first: Callable[[], None]) -> Any:
+    """A function before which another is called."""
     original = resolve_name(where)
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        at(place)
+        first()
         return original(*args, **kwargs)
 
     return mock.patch(where, called)
