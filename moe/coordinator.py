@@ -177,8 +177,7 @@ class Coordinator:
         assert self.epoch is not None
         target = operation.target(self.epoch.members, self.roster.numbers(State.STANDBY))
         if target and self._portion and not self._byte_L:
-            operation.reason = "waits for a step of training, after which members know what an expert weighs"
-            return None
+            operation.reason, target = "waits for a step, after which members know what an expert weighs", None
         return target
 
     def _way(self, members: tuple[int, ...]) -> list[Stage]:

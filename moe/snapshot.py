@@ -72,8 +72,6 @@ class Snapshot:
             self._set_state(optimizer, weight, self._kept[name])
         for number, (name, layer) in enumerate(layers_of(model).items()):
             self._put_back_experts(number, layer, self._experts[name], optimizer, ids_L[number])
-        for weight in model.parameters():
-            weight.grad = None
         for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
             for key, value in settings.items():
                 _set(group, key, value, self._device)

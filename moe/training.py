@@ -100,6 +100,8 @@ class Training:
         """To a generation, or to a checkpoint of all, with the experts that the epoch puts here. -> the step"""
         mark = None if view["mark"] is None else Mark(*view["mark"])
         ids_L = [epoch.experts_of(member, number) for number in range(len(self.layers))]
+        for weight in self.model.parameters():  # of a step that was cut off
+            weight.grad = None
         if mark is not None and all(restore["source"] != CHECKPOINT for restore in view["restores"]):
             self._generations = [snapshot for snapshot in self._generations if snapshot.saved.mark == mark]
             self._generations[0].put_back(self.model, self.optimizer, ids_L)
