@@ -4,10 +4,10 @@
     while live.serves():
         y = live.run(lambda: model_step(live.model, next_request()))
 
-`run` does a step, and does it again if a member died in it; a step must not change anything before it returns. All
-members run their steps together, with tokens or without. Between two steps the member takes over what arrived in the
-background, and changes over to the next epoch once all members said, in a step, that they are ready for it: no message
-more than the step has anyhow.
+`run` does a step, and does it again if a member died in it; a step must not change anything before it returns, unless
+the model is trained: see Training. All members run their steps together, with tokens or without. Between two steps the
+member takes over what arrived in the background, and changes over to the next epoch once all members said, in a step,
+that they are ready for it: no message more than the step has anyhow.
 """
 
 from __future__ import annotations
