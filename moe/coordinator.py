@@ -176,7 +176,7 @@ class Coordinator:
     def _target(self, operation: Operation) -> tuple[int, ...] | None:
         assert self.epoch is not None
         target = operation.target(self.epoch.members, self.roster.numbers(State.STANDBY))
-        if target and self._portion and not self._byte_L:
+        if target and self._portion and not min(self._byte_L, default=0):
             operation.reason, target = "waits for a step, after which members know what an expert weighs", None
         return target
 

@@ -110,7 +110,7 @@ def test_whoever_dies_while_experts_cross_the_others_go_on_from_before_or_after(
 ) -> None:
     """And the next change is done."""
     victim = (GROW if way == "grow" else SHRINK)[role]
-    with School(3 if way == "grow" else 4, deaths=(Death(member=victim, step=2, place=place),), every=every) as school:
+    with School(3 if way == "grow" else 4, deaths=(Death(member=victim, place=place),), every=every) as school:
         if way == "grow":
             school.enrol()
             school.hear(4)

@@ -37,11 +37,11 @@ CROSSINGS = ("crossing", "crossing's end", "after the crossing", "next backup")
 
 @dataclass(frozen=True, kw_only=True)
 class Death:
-    """Of a member, in that step, or in the first crossing after it."""
+    """Of a member, in that step, or in its first crossing."""
 
     member: int
-    step: int
     place: str
+    step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def _train(part: Part, pipe: Connection, told: Told, stack: ExitStack) -> None:
 
     def at(place: str) -> None:
         for death in part.deaths if live is not None else ():
-            in_time = live.steps >= death.step if place in CROSSINGS else live.steps == death.step
+            in_time = place in CROSSINGS or live.steps == death.step
             if (death.member, death.place) == (live.member, place) and in_time:
                 os.kill(os.getpid(), signal.SIGKILL)
 
