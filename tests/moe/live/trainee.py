@@ -8,7 +8,7 @@ import signal
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -26,6 +26,7 @@ from torch.optim import AdamW
 from moe import Live, Loop, MoE, MoEConfig, Terms
 from moe.backup import nobody, other_host
 from moe.comm import Peers
+from moe.outside import ReleasedError
 from placement import Plan
 
 CONFIG = MoEConfig(dim=8, hidden=16, num_experts=8, top_k=2, compute=Loop(), bias=True)
@@ -188,11 +189,12 @@ def _train(part: Part, pipe: Connection, told: Told, stack: ExitStack) -> None:
     torch.manual_seed(1)
     assert isinstance(live.model, Net)
     assert isinstance(live.optimizer, AdamW)
-    while live.serves():
-        model, optimizer = live.model, live.optimizer
-        live.run(lambda: learn(model, optimizer, live.steps, live.peers.rank, live.peers.size, part.luck))  # noqa: B023
-        told.states[live.steps] = state_of(model, optimizer, part.luck)
-        told.members[live.steps] = live.peers.size if live.epoch is not None else 0
+    with suppress(ReleasedError):  # who came too late for the step that all went back to, and was not wanted again
+        while live.serves():
+            model, optimizer = live.model, live.optimizer
+            live.run(lambda: learn(model, optimizer, live.steps, live.peers.rank, live.peers.size, part.luck))  # noqa: B023
+            told.states[live.steps] = state_of(model, optimizer, part.luck)
+            told.members[live.steps] = live.peers.size if live.epoch is not None else 0
     told.retries = live.retries
     live.close()
 
