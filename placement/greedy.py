@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from placement.apart import apart
 from placement.arrays import FloatArray, IntArray
 from placement.bounds import peak_bound_L
 from placement.certify import certified
@@ -65,6 +66,7 @@ class Packed:
 
     def __call__(self, trace: LoadTrace, topology: Topology) -> Plan:
         table = self.pack(trace.load_LE, topology)
+        table = apart(table, trace.load_LE, topology)
         return certified(placements(table), trace, topology, {"planner": "packed", "seed": self.seed})
 
     def pack(self, load_LE: FloatArray, topology: Topology) -> IntArray:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from placement.apart import apart
 from placement.arrays import FloatArray, IntArray
 from placement.bounds import peak_bound_L
 from placement.certify import certified
@@ -48,7 +49,7 @@ class Robust:
 
     def __call__(self, trace: LoadTrace, topology: Topology) -> Plan:
         load_LKE = self.loads(trace, topology)
-        table = self.pack(load_LKE, topology)
+        table = apart(self.pack(load_LKE, topology), trace.load_LE, topology)
         bound_LK = np.stack([peak_bound_L(load_LKE[:, k], topology) for k in range(load_LKE.shape[1])], axis=1)
         made: Provenance = {
             "planner": "robust",

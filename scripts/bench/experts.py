@@ -1,31 +1,30 @@
 """Claim: from a choice to the summed results, our experts are close to a dense chain of matmuls and beat their peers.
 
-    python -m scripts.bench.experts [--rounds 5] [--only wide-64x8] [--crossover]
+    python -m scripts.bench.experts [--rounds 5] [--only wide-64x8]
 
 One thread, CPU seconds of the process, so other work on the machine matters little. The floor is two matmuls of all
 rows together (six with backward) into memory that is there already: the same FLOPs, no routing, no activation. Every
 candidate starts from the chosen experts and their weights, sorts, computes and adds up. The peers are transformers'
-Qwen3 experts, in a loop ("eager") and grouped; without transformers they are left out. A candidate that takes more than
-five times the floor is run once, marked "once", and does not hold up the others. "again" is ours a second time: a
-difference within |again/ours - 1| is noise. "torch" is ours without the compiled path, whether or not it is built.
+Qwen3 experts, in a loop ("eager") and grouped, and Megatron-Core's SequentialMLP; each must give what ours gives before
+it is timed, and what is not installed is left out and said. A candidate that takes more than five times the floor is
+run once, marked "once", and does not hold up the others. "again" is ours a second time: a difference within |again/ours
+- 1| is noise. "torch" is ours without the compiled path, whether or not it is built.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, log
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe import Experts, Fastest, Grouped, Loop
+from moe import Experts, Fastest, Grouped
 from moe.blocks import KERNELS
 from moe.comm import Peers
 from moe.compute import Compute
@@ -33,13 +32,17 @@ from moe.dispatch import Dispatch
 from moe.guests import Nobody
 from placement import RoundRobin, Topology
 from routing import AtHome, Choice
+from scripts.bench.clock import reason
 from scripts.bench.dense import dense
-from scripts.bench.table import in_python, median_ratio, rounds, show
+from scripts.bench.measured import Measured, shared
+from scripts.bench.peers import FAILURES, MAKERS, Case, Peer, peers_of
+from scripts.bench.table import Samples, band, cpu_seconds, in_python, interleaved, median_ratio, show
 
-Run = Callable[[], None]
+Run = Callable[[], Tensor | None]
 TYPES = (torch.float32, torch.bfloat16)
 SLOW = 5.0
-COLUMNS = ("ours", "again", "torch", "grouped", "HF eager", "HF grouped")
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # others round more often
+COLUMNS = ("ours", "again", "torch", "grouped", *MAKERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,11 @@ class Workload:
     @property
     def rows(self) -> int:
         return self.tokens * self.top_k
+
+    @property
+    def flops(self) -> float:
+        """Of a forward, multiplications and additions."""
+        return 6.0 * self.rows * self.dim * self.hidden
 
 
 WORKLOADS = {
@@ -77,12 +85,22 @@ class Bench:
         self.dy_TD = torch.randn(load.tokens, load.dim, dtype=dtype)
 
     def candidates(self) -> dict[str, Run]:
-        runs: dict[str, Run] = {"ours": self.run(Fastest()), "again": self.run(Fastest())}
-        runs |= {"torch": in_python(self.run(Fastest())), "grouped": in_python(self.run(Grouped()))}
-        return {"floor": self.floor(), **runs, **{name: self._timed(peer) for name, peer in self.peers().items()}}
+        """The floor, and ours twice."""
+        return {"floor": self.floor(), "ours": self.run(Fastest()), "again": self.run(Fastest())}
+
+    def variants(self) -> dict[str, Run]:
+        return {"torch": in_python(self.run(Fastest())), "grouped": in_python(self.run(Grouped()))}
+
+    def case(self) -> Case:
+        return Case(experts=self.experts, x_TD=self.x_TD, expert_TK=self.expert_TK, weight_TK=self.weight_TK)
+
+    def peers(self) -> tuple[dict[str, Run], dict[str, str]]:
+        """Those that can be made, and why others cannot."""
+        found, absent = peers_of(self.case())
+        return {name: self._timed(peer) for name, peer in found.items()}, absent
 
     def run(self, compute: Compute) -> Run:
-        return self._timed(self.ours(compute))
+        return self._timed(Peer(self.ours(compute), self.experts))
 
     def ours(self, compute: Compute) -> Callable[[], Tensor]:
         """From what a router chose to y, on one process, as the layer does it."""
@@ -114,40 +132,16 @@ class Bench:
 
         return run
 
-    def peers(self) -> dict[str, Callable[[], Tensor]]:
-        if importlib.util.find_spec("transformers") is None:
-            return {}
-        return {
-            f"HF {name}": self._hugging_face(impl) for name, impl in (("eager", "eager"), ("grouped", "grouped_mm"))
-        }
-
-    def _hugging_face(self, implementation: str) -> Callable[[], Tensor]:
-        load, qwen = self.load, "transformers.models.qwen3_moe."
-        config = importlib.import_module(f"{qwen}configuration_qwen3_moe").Qwen3MoeConfig(
-            num_experts=load.experts,
-            hidden_size=load.dim,
-            moe_intermediate_size=load.hidden,
-            num_experts_per_tok=load.top_k,
-        )
-        config._experts_implementation = implementation
-        with torch.device("meta"):
-            module = importlib.import_module(f"{qwen}modeling_qwen3_moe").Qwen3MoeExperts(config)
-        module.gate_up_proj, module.down_proj = self.experts.up, self.experts.down
-
-        def run() -> Tensor:
-            y_TD: Tensor = module(self.x_TD, self.expert_TK, self.weight_TK.to(self.dtype))
-            return y_TD
-
-        return run
-
-    def _timed(self, run: Callable[[], Tensor]) -> Run:
-        def once() -> None:
-            self.experts.zero_grad(set_to_none=True)
-            self.x_TD.grad = self.weight_TK.grad = None
+    def _timed(self, peer: Peer) -> Run:
+        def once() -> Tensor:
             with torch.set_grad_enabled(self.backward):
-                y_TD = run()
+                y_TD = peer.run()
             if self.backward:
                 torch.autograd.backward(y_TD, self.dy_TD)
+                self.x_TD.grad = self.weight_TK.grad = None
+                peer.module.zero_grad(set_to_none=True)
+                self.experts.zero_grad(set_to_none=True)
+            return y_TD.detach()
 
         return once
 
@@ -178,12 +172,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=[*WORKLOADS], help="one workload instead of all")
-    parser.add_argument("--crossover", action="store_true", help="Grouped against Loop at few rows an expert, no more")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.crossover:
-        crossover(arguments.rounds)
-        return
     print(f"experts: {KERNELS.in_use()}")
     loads = {name: load for name, load in WORKLOADS.items() if arguments.only in (None, name)}
     for backward in (False, True):
@@ -191,22 +181,47 @@ def main() -> None:
     saved(loads)
 
 
+def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool) -> Iterator[Measured]:
+    """Of the named workloads, ours and the peers within so many seconds: for the suite."""
+    torch.set_num_threads(1)
+    weight = {
+        (name, dtype, backward): (3 if backward else 1) * (1 if dtype == torch.float32 else 0.45) * (load.flops + 1e10)
+        for name, load in WORKLOADS.items()
+        for dtype in TYPES
+        for backward in ((False,) if quick else (False, True))
+        if name in names
+    }
+    for (name, dtype, backward), budget in shared(seconds, weight):
+        start = time.monotonic()
+        bench = Bench(WORKLOADS[name], dtype, backward=backward)
+        peers, absent = bench.peers()
+        if backward and bench.load.experts > 32 and "HF eager" in peers:
+            del peers["HF eager"]
+            absent["HF eager"] = "its backward takes many times the floor here; python -m scripts.bench.experts has it"
+        samples, failed = measure(bench.candidates() | peers, count, budget - (time.monotonic() - start), CLOSE[dtype])
+        what = f"{str(dtype).removeprefix('torch.')}, {'forward + backward' if backward else 'forward'}"
+        yield Measured.of(samples, workload=name, what=what, clock="CPU", absent=absent | failed)
+
+
 def table(loads: Mapping[str, Workload], count: int, *, backward: bool) -> None:
     rows: list[list[object]] = []
     gains = []
     for name, load in loads.items():
         for dtype in TYPES:
-            seconds = measure(Bench(load, dtype, backward=backward).candidates(), count)
+            bench = Bench(load, dtype, backward=backward)
+            found, absent = bench.peers()
+            samples, failed = measure(bench.candidates() | bench.variants() | found, count, close=CLOSE[dtype])
+            seconds, absent = samples.seconds, absent | failed
             ratio = {who: median_ratio(taken, seconds["floor"][: len(taken)]) for who, taken in seconds.items()}
             cells = [cell(who, ratio, seconds, count) for who in COLUMNS]
-            cells.append(f"{abs(median_ratio(seconds['again'], seconds['ours']) - 1):.2f}")
-            peers = [who for who in seconds if who.startswith("HF")]
-            if peers:
+            cells.append(f"{band(seconds['again'], seconds['ours']):.2f}")
+            if peers := [who for who in seconds if who in MAKERS]:
                 best = min(peers, key=lambda who: ratio[who])
                 gains.append(median_ratio(seconds[best], seconds["ours"][: len(seconds[best])]))
                 cells.append(f"{gains[-1]:.2f}")
             floor = f"{statistics.median(seconds['floor']) * 1e3:.0f}"
             rows.append([name, str(dtype).removeprefix("torch."), floor, *cells])
+            print("".join(f"{name}: {who} is left out: {why}\n" for who, why in absent.items()), end="")
     heads = ["workload", "type", "floor, ms", *(f"{who}, × floor" for who in COLUMNS), "noise"]
     heads += ["ours against the best peer: times faster"] if gains else []
     show("Forward + backward" if backward else "Forward", heads, rows)
@@ -220,27 +235,41 @@ def cell(who: str, ratio: Mapping[str, float], seconds: Mapping[str, Sequence[fl
     return f"{ratio[who]:.2f}{'' if len(seconds[who]) == count else ' once'}"
 
 
-def measure(candidates: Mapping[str, Run], count: int) -> dict[str, list[float]]:
-    """CPU seconds of each candidate, round after round; of the slow ones, of one run."""
-    timed = {name: cpu_seconds(run) for name, run in candidates.items()}
-    timed["floor"]()
-    floor = timed["floor"]()
-    once = {name: run() for name, run in timed.items()}
-    quick = {name: run for name, run in timed.items() if once[name] < SLOW * floor or not name.startswith("HF")}
+def measure(
+    candidates: Mapping[str, Run], count: int, budget: float = inf, close: float = CLOSE[torch.bfloat16]
+) -> tuple[Samples, dict[str, str]]:
+    """CPU seconds of each candidate, round after round, the floor being the first of them; of the slow peers, of one
+    run. A peer that fails, or gives something else than ours, is not timed: -> and why not"""
+    end, once, absent = time.monotonic() + budget, {}, {}
+    y_TD: dict[str, Tensor | None] = {}
+    for name, run in candidates.items():
+        try:
+            start = time.process_time()
+            y_TD[name] = run()
+            once[name] = time.process_time() - start
+        except FAILURES as failure:
+            if name not in MAKERS:
+                raise
+            absent[name] = reason(failure)
+            continue
+        if name in MAKERS and (error := apart(y_TD[name], y_TD["ours"])) > close:
+            absent[name] = f"its result differs from ours by {error:.1e}"
+            del once[name]
+    y_TD.clear()
+    floor = cpu_seconds(candidates["floor"])()
+    quick = [name for name in once if once[name] < SLOW * floor or name not in MAKERS]
     repeats = max(1, min(20, int(0.05 / floor)))
-    many = {name: cpu_seconds(run, repeats) for name, run in candidates.items() if name in quick}
-    seconds = rounds(many, count)
-    return {name: seconds.get(name, [once[name]]) for name in candidates}
+    many = {name: cpu_seconds(candidates[name], repeats) for name in quick}
+    warm = repeats * sum(once[name] for name in quick)
+    samples = interleaved(many, count, budget=end - time.monotonic(), warm=warm)
+    return Samples({name: samples.seconds.get(name, [once[name]]) for name in once}, samples.foreign), absent
 
 
-def cpu_seconds(run: Run, repeats: int = 1) -> Callable[[], float]:
-    def once() -> float:
-        start = time.process_time()
-        for _ in range(repeats):
-            run()
-        return (time.process_time() - start) / repeats
-
-    return once
+def apart(theirs: Tensor | None, ours: Tensor | None) -> float:
+    """|theirs - ours| / |ours|"""
+    assert theirs is not None
+    assert ours is not None
+    return float((theirs.double() - ours.double()).norm() / ours.double().norm())
 
 
 def saved(loads: Mapping[str, Workload]) -> None:
@@ -249,33 +278,11 @@ def saved(loads: Mapping[str, Workload]) -> None:
         for dtype in TYPES:
             bench = Bench(load, dtype, backward=True)
             ours = bench.saved_mib(bench.ours(Fastest()))
-            peers = [bench.saved_mib(run) for name, run in bench.peers().items() if name == "HF grouped"]
+            found, _ = peers_of(bench.case())
+            peers = [bench.saved_mib(peer.run) for name, peer in found.items() if name == "HF grouped"]
             rows.append([name, str(dtype).removeprefix("torch."), ours, *peers, *(mib / ours for mib in peers)])
     heads = ["HF grouped", "HF grouped ÷ ours"] if len(rows[0]) > 3 else []
     show("Saved for backward, MiB", ["workload", "type", "ours", *heads], rows)
-
-
-def crossover(count: int) -> None:
-    rows: list[list[object]] = []
-    for num_experts, dim, hidden in ((64, 512, 1024), (128, 1024, 512)):
-        for dtype in TYPES:
-            for per_expert in (1, 8, 32, 128, 256):
-                load = Workload(
-                    tokens=num_experts * per_expert // 8, dim=dim, hidden=hidden, experts=num_experts, top_k=8
-                )
-                ratios = []
-                for backward in (False, True):
-                    bench = Bench(load, dtype, backward=backward)
-                    runs = {
-                        "loop": in_python(bench.run(Loop())),
-                        "grouped": in_python(bench.run(Grouped())),
-                        "floor": bench.floor(),
-                    }
-                    seconds = measure(runs, count)
-                    ratios.append(median_ratio(seconds["grouped"], seconds["loop"]))
-                rows.append([num_experts, dim, hidden, str(dtype).removeprefix("torch."), per_expert, *ratios])
-    heads = ["experts", "dim", "hidden", "type", "rows an expert", "forward", "forward + backward"]
-    show("Grouped ÷ Loop, CPU time (below 1: Grouped is faster)", heads, rows)
 
 
 if __name__ == "__main__":

@@ -107,15 +107,19 @@ def inference(name: str, case: Case, node_R: tuple[int, ...]) -> Candidates:
         for step in LOADS[name].choices(case, rank)
     )
     trace = LoadTrace(load_WLE=np.asarray(load_E)[None, None])
-    topology = Topology.even(ranks=case.ranks, slots=case.per_rank + 2, ranks_per_node=RANKS)
-    copies = Packed()(trace, topology).placement_L[0]
+    blind, copies = (
+        Packed()(trace, Topology.even(ranks=case.ranks, slots=case.per_rank + 2, ranks_per_node=size)).placement_L[0]
+        for size in (case.ranks, RANKS)
+    )
     candidates: dict[str, tuple[Assigner, Placement]] = {
         "at home, no copies": (AtHome(), even_home(case)),
         "again": (AtHome(), even_home(case)),
-        "nearest copy, hosts unknown": (NearestCopy(), copies),
-        "nearest copy, same host first": (NearestCopy(node_R=node_R), copies),
-        "waterfill, hosts unknown": (Waterfill(), copies),
-        "waterfill, same host first": (Waterfill(node_R=node_R), copies),
+        "nearest copy, hosts unknown": (NearestCopy(), blind),
+        "nearest copy, same host first": (NearestCopy(node_R=node_R), blind),
+        "nearest copy, same host first, so is the plan": (NearestCopy(node_R=node_R), copies),
+        "waterfill, hosts unknown": (Waterfill(), blind),
+        "waterfill, same host first": (Waterfill(node_R=node_R), blind),
+        "waterfill, same host first, so is the plan": (Waterfill(node_R=node_R), copies),
     }
     return "Forward", {who: build(*candidate, told) for who, candidate in candidates.items()}, told, False
 

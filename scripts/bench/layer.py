@@ -4,19 +4,21 @@
 
 gloo processes of one thread each, a layer of 16 experts, top-4, dim 512, hidden 1024, over the streams of choices of
 scripts/bench/loads.py. The ceiling is at-home's peak/mean: what perfect balance at no cost would gain. CPU: the CPU
-seconds of the busiest rank, which other work on the machine disturbs less than the wall time. Peak: the most bytes of
-tensors that were alive at once on the busiest rank in a step. "again" is the at-home layer a second time: the noise of
-this run. Four processes do not fit two cores: there the CPU columns alone mean something.
+seconds of each step's busiest rank, which other work on the machine disturbs less than the wall time. Peak: the most
+bytes of tensors that were alive at once on the busiest rank in a step. "again" is the least-loaded layer a second time:
+the noise of this run. Four processes do not fit two cores: there the CPU columns alone mean something.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from math import inf
 
 import torch
 import torch.distributed as dist
@@ -26,16 +28,19 @@ from moe import MoE, MoEConfig, World
 from moe.comm import world_group
 from placement import Placement
 from routing import Assigner, Assignment, AtHome, LeastLoaded, Rows, Tokens, TopK, token_major
+from scripts.bench.dense import dense
 from scripts.bench.loads import LOADS, Case
-from scripts.bench.table import against, finish, median_ratio, parser, rounds, show
+from scripts.bench.measured import Measured, shared
+from scripts.bench.table import Samples, against, band, finish, interleaved, median_ratio, parser, show
 
 TOP_K = 4
 CONFIG = MoEConfig(dim=512, hidden=1024, num_experts=16, top_k=TOP_K)
 CANDIDATES: dict[str, Assigner] = {
     "at home": AtHome(),
-    "again": AtHome(),
     "least-loaded": LeastLoaded(headroom=1.0, min_chunk=64),
+    "again": LeastLoaded(headroom=1.0, min_chunk=64),
 }
+ALONE = ("bal", "95:4", "zipf")
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -57,6 +62,7 @@ class Bench:
         self.told: list[Tensor] = [self.expert_STK[0]]
         self.x_STD = [torch.randn(len(expert_TK), CONFIG.dim, dtype=dtype) for expert_TK in self.expert_STK]
         self.layers = {who: self.build(assigner, dtype, case) for who, assigner in CANDIDATES.items()}
+        self.rows = round(sum(map(len, self.x_STD)) * TOP_K)
 
     def build(self, assigner: Assigner, dtype: torch.dtype, case: Case) -> MoE:
         torch.manual_seed(0)
@@ -64,31 +70,44 @@ class Bench:
         config = replace(CONFIG, assigner=assigner, select=Told(expert_STK=self.told))
         return MoE(config, world_group(), placement, dtype=dtype)
 
+    def step(self, layer: MoE, backward: bool, number: int) -> Tensor:
+        layer.zero_grad(set_to_none=True)
+        x_TD, self.told[0] = self.x_STD[number], self.expert_STK[number]
+        with torch.set_grad_enabled(backward):
+            y_TD: Tensor = layer(x_TD.requires_grad_(backward))
+        if backward:
+            torch.autograd.backward(y_TD, torch.ones_like(y_TD))
+        return y_TD.detach()
+
     def steps(self, layer: MoE, backward: bool) -> list[Tensor]:
         """All steps of the load once."""
-        layer.zero_grad(set_to_none=True)
-        outs = []
-        for x_TD, expert_TK in zip(self.x_STD, self.expert_STK, strict=True):
-            self.told[0] = expert_TK
-            with torch.set_grad_enabled(backward):
-                y_TD = layer(x_TD.requires_grad_(backward))
-            if backward:
-                y_TD.backward(torch.ones_like(y_TD))
-            outs.append(y_TD.detach())
-        return outs
+        return [self.step(layer, backward, number) for number in range(len(self.x_STD))]
 
-    def timed(self, layer: MoE, backward: bool, cpu: list[float]) -> Callable[[], float]:
-        """Seconds from when all ranks begin to when the last has ended; the busiest rank's CPU seconds go to cpu."""
+    def floor(self, backward: bool) -> Callable[[], None]:
+        """All rows of a load as dense matmuls, equally many on each rank, and nothing sent."""
+        rows = torch.tensor(self.rows)
+        dist.all_reduce(rows)
+        dtype = self.x_STD[0].dtype
+        return dense(
+            lambda *shape: torch.randn(*shape, dtype=dtype),
+            int(rows) // dist.get_world_size(),
+            CONFIG.dim,
+            CONFIG.hidden,
+            backward,
+        )
 
-        def once() -> float:
-            dist.barrier()
-            start, start_cpu = time.perf_counter(), time.process_time()
-            self.steps(layer, backward)
-            wall, own_cpu = time.perf_counter() - start, time.process_time() - start_cpu
-            cpu.append(busiest(own_cpu))
-            return busiest(wall)
-
-        return once
+    def sampled(self, backward: bool, count: int, budget: float = inf) -> dict[str, Samples]:
+        """By clock, summed over the steps: the wall's, from when all ranks begin to when the last has ended, and the
+        CPU's of the rank that was busiest in a step, another one in each where the load rotates."""
+        runs: dict[str, list[Callable[[], object]]] = {
+            who: [partial(self.step, layer, backward, number) for number in range(len(self.x_STD))]
+            for who, layer in self.layers.items()
+        }
+        runs["floor"] = [self.floor(backward)]
+        cpu: dict[str, list[float]] = {who: [] for who in runs}
+        timed = {who: timer(run, cpu[who]) for who, run in runs.items()}
+        wall = interleaved(timed, count, budget=budget, agree=lambda left: -busiest(-left))
+        return {"wall": wall, "CPU": Samples({who: taken[1:] for who, taken in cpu.items()}, wall.foreign)}
 
     def plans(self, layer: MoE) -> list[Assignment]:
         plans: list[Assignment] = []
@@ -126,7 +145,7 @@ def tables(measured: Sequence[Sequence[object]], given: argparse.Namespace) -> N
     times = [
         f"{kind}: {clock}"
         for kind in ("forward", "forward + backward")
-        for clock in ("wall", "(again)", "CPU", "(again)")
+        for clock in ("wall", "(noise)", "CPU", "(noise)")
     ]
     show(f"{what}: times faster", [*heads, *times, "share of the ceiling (CPU)"], [row[:14] for row in measured])
     show(
@@ -139,27 +158,86 @@ def tables(measured: Sequence[Sequence[object]], given: argparse.Namespace) -> N
 def measure(name: str, dtype: torch.dtype, case: Case, count: int) -> list[object]:
     bench = Bench(name, dtype, case)
     plans = {who: bench.plans(layer) for who, layer in bench.layers.items()}
-    ceiling = sum(plan.load_R.max() for plan in plans["at home"]) / sum(plan.load_R.mean() for plan in plans["at home"])
+    ceiling = ceiling_of(plans["at home"])
     loaned = bench.layers["least-loaded"].placement
     visits = sum(len(plan.loans(loaned)) for plan in plans["least-loaded"]) / len(plans["least-loaded"])
     leave = ", ".join(f"{share_leaving(plans[who]):.2f}" for who in ("at home", "least-loaded"))
-    answer: list[object] = [float(ceiling), round(visits, 1), leave]
+    answer: list[object] = [ceiling, round(visits, 1), leave]
     gain = 1.0
     for backward in (False, True):
-        cpu: dict[str, list[float]] = {who: [] for who in bench.layers}
-        timed = {who: bench.timed(layer, backward, cpu[who]) for who, layer in bench.layers.items()}
-        for seconds in (rounds(timed, count), {who: samples[1:] for who, samples in cpu.items()}):
-            gain, again = (1 / median_ratio(seconds[who], seconds["at home"]) for who in ("least-loaded", "again"))
-            answer += [against(gain, again), again]
+        for samples in bench.sampled(backward, count).values():
+            home, ours, again = (samples.seconds[who] for who in ("at home", "least-loaded", "again"))
+            gain, noise = median_ratio(home, ours), band(again, ours)
+            answer += [against(gain, noise), noise]
     peak, kept = (
         {who: busiest(what(partial(bench.steps, layer, True))) for who, layer in bench.layers.items() if who != "again"}
         for what in (peak_bytes, kept_bytes)
     )
     return [
         *answer,
-        gain / float(ceiling),
+        gain / ceiling,
         *(bytes_of["least-loaded"] / bytes_of["at home"] for bytes_of in (peak, kept)),
     ]
+
+
+def timer(steps: Sequence[Callable[[], object]], cpu: list[float]) -> Callable[[], float]:
+    """Wall seconds; the CPU seconds of the same steps go to cpu."""
+
+    def once() -> float:
+        wall_S, cpu_S = [], []
+        for step in steps:
+            dist.barrier()
+            start, start_cpu = time.perf_counter(), time.process_time()
+            step()
+            wall, own_cpu = time.perf_counter() - start, time.process_time() - start_cpu
+            wall_S.append(busiest(wall))
+            cpu_S.append(busiest(own_cpu))
+        cpu.append(sum(cpu_S))
+        return sum(wall_S)
+
+    return once
+
+
+def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool) -> Iterator[Measured]:
+    """Of loads named ep2-95:4 and the like, in fp32, within so many seconds: for the suite. Ours is least-loaded, its
+    peer is at home, as any expert parallelism without balancing. 2,048 tokens, shared among the ranks; forward alone is
+    measured of three loads."""
+    wanted = {(int(name[2]), name.split("-", 1)[1]) for name in names}
+    for ranks in sorted({ranks for ranks, _ in wanted}):
+        case = Case(ranks=ranks, experts=CONFIG.num_experts, top_k=TOP_K, tokens=2048 // ranks)
+        weight = {
+            (load, backward): LOADS[load].steps * (3.0 if backward else 1.0)
+            for load in LOADS
+            for backward in (False, True)
+            if (ranks, load) in wanted and (not quick if backward else quick or load in ALONE)
+        }
+        share = seconds * sum(each == ranks for each, _ in wanted) / len(wanted)
+        with World(ranks, timeout=timedelta(minutes=10)) as world:
+            for (load, backward), budget in shared(share, weight):
+                told = world.run(measure_once, load, case, backward, count, budget)[0]
+                crowded = f"{ranks} ranks on {os.cpu_count()} CPUs" if ranks > (os.cpu_count() or 1) else ""
+                for clock, samples in told[0].items():
+                    samples.seconds["ours"] = samples.seconds.pop("least-loaded")
+                    yield Measured.of(
+                        samples,
+                        workload=f"ep{ranks}-{load}",
+                        what=f"float32, {'forward + backward' if backward else 'forward'}",
+                        clock=clock,
+                        remark=f"ceiling {told[1]:.2f}" + (", of the busiest rank" if clock == "CPU" else ""),
+                        refused=f"refused: {crowded}" if crowded and clock == "wall" else "",
+                    )
+
+
+def measure_once(load: str, case: Case, backward: bool, count: int, budget: float) -> tuple[dict[str, Samples], float]:
+    start = time.monotonic()
+    bench = Bench(load, torch.float32, case)
+    ceiling = ceiling_of(bench.plans(bench.layers["at home"]))
+    return bench.sampled(backward, count, budget - (time.monotonic() - start)), ceiling
+
+
+def ceiling_of(plans: Sequence[Assignment]) -> float:
+    """What perfect balance at no cost would gain."""
+    return float(sum(plan.load_R.max() for plan in plans) / sum(plan.load_R.mean() for plan in plans))
 
 
 def share_leaving(plans: Sequence[Assignment]) -> float:

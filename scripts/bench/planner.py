@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,13 @@ from routing import (
     Waterfill,
     python_only,
 )
-from scripts.bench.table import median_ratio, rounds, show
+from scripts.bench import llep
+from scripts.bench.measured import Measured, shared
+from scripts.bench.table import cpu_seconds, interleaved, median_ratio, rounds, show
 
 Table = NDArray[np.int64]
 SIZES = ((128, 8), (256, 8), (256, 32), (256, 64), (384, 64))
+PLANS = {"plan-128x8": (128, 8), "plan-256x8": (256, 8), "plan-384x64": (384, 64)}
 SLOTS = ((256, 32, 288), (256, 64, 320), (384, 64, 448))
 SKEWS = (0.5, 0.8, 1.2)
 FLATTER = (0.1, 0.5, 1.2)
@@ -130,6 +134,64 @@ def sharing(num_experts: int, ranks: int, slots: int) -> list[list[object]]:
             away = listed(crossing(plan, node_R) for plan in plans)
             rows.append([num_experts, ranks, name, assigner, *timed, listed(map(peak, plans)), away])
     return rows
+
+
+def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool, their: str | None) -> Iterator[Measured]:
+    """LeastLoaded's plans of the named sizes, experts at home in order, within so many seconds: for the suite. The
+    floor is what any assigner takes, the peers are LeastLoaded in Python and LLEP's planner, where `their` names it."""
+    torch.set_num_threads(1)
+    ours, absent, theirs = (
+        LeastLoaded(headroom=1.05, min_chunk=1024),
+        {"LLEP": "--llep PATH names your copy of it"},
+        None,
+    )
+    if their:
+        try:
+            theirs, absent = llep.planner_at(their, headroom=1.05, min_chunk=1024), {}
+        except ValueError as error:
+            absent["LLEP"] = str(error)
+    sizes = {name: size for name, size in PLANS.items() if name in names}
+    for (name, num_experts, ranks), budget in shared(seconds, {(name, *size): 1.0 for name, size in sizes.items()}):
+        placement = Placement(expert_RS=np.arange(num_experts).reshape(ranks, -1))
+        counts = [zipf(num_experts, ranks, skew) for skew in SKEWS]
+        runs: dict[str, Callable[[Table], object]] = {
+            who: partial(_plan, assigner, placement)
+            for who, assigner in (
+                ("floor", AtHome()), ("ours", ours), ("again", ours), ("in Python", InPython(ours))
+            )
+        }  # fmt: skip
+        said = f"max/mean ours {listed(peak(ours(count_RE, placement)) for count_RE in counts)}"
+        if theirs is not None:
+            runs["LLEP"] = partial(_sum_and_plan, theirs, ranks)
+            their_peak = listed(llep.peak(runs["LLEP"](count_RE)) for count_RE in counts)
+            said += f", LLEP {their_peak}"
+        timed = {who: cpu_seconds(partial(_each, run, counts), repeats=60) for who, run in runs.items()}
+        samples = interleaved(timed, max(count, 20), budget=budget)
+        of_one = {who: [each / len(counts) for each in taken] for who, taken in samples.seconds.items()}
+        what = f"Zipf {', '.join(map(str, SKEWS))}: of one plan"
+        yield Measured(
+            workload=name,
+            what=what,
+            clock="CPU",
+            seconds=of_one,
+            foreign=samples.foreign,
+            absent=absent,
+            remark=said,
+        )
+
+
+def _plan(assigner: Assigner, placement: Placement, count_RE: Table) -> Assignment:
+    return assigner(count_RE, placement)
+
+
+def _sum_and_plan(theirs: llep.Plan, ranks: int, count_RE: Table) -> object:
+    """LLEP's planner takes the sum over ranks, on the host: on a GPU it would also wait for the device."""
+    return theirs(torch.from_numpy(count_RE.sum(axis=0)), ranks)
+
+
+def _each(run: Callable[[Table], object], counts: Sequence[Table]) -> None:
+    for count_RE in counts:
+        run(count_RE)
 
 
 def packed(load_E: NDArray[Any], topology: Topology) -> Placement:

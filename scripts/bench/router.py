@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -28,7 +28,8 @@ from routing.cutoff import Cutoff
 from routing.loss_free import LossFree
 from routing.quantile import EdgeQuantile, Quantile
 from routing.sinkhorn import Sinkhorn
-from scripts.bench.table import in_python, median_ratio, rounds, show
+from scripts.bench.measured import Measured, shared
+from scripts.bench.table import cpu_seconds, in_python, interleaved, median_ratio, rounds, show
 
 BALANCERS: dict[str, Balancer] = {
     "no prices": Unpriced(),
@@ -44,6 +45,8 @@ BALANCERS: dict[str, Balancer] = {
     "Sinkhorn, 8 rounds": Sinkhorn(rounds=8),
     "Cutoff": Cutoff(),
 }
+
+BATCHES = {"bip-8k64": (8192, 64), "bip-32k128": (32768, 128), "bip-64k256": (65536, 256)}
 
 
 def main() -> None:
@@ -73,16 +76,16 @@ def measure(config: MoEConfig, num_tokens: int, count: int, dtype: torch.dtype) 
     score_TE = routers["no prices"](x_TD).score_TE
     top_k = routers["no prices"].top_k
     candidates = {
-        "layer": timed(lambda: layer(x_TD)),
-        "softmax, top-k": timed(lambda: softmax_top_k(score_TE, top_k)),
+        "layer": cpu_seconds(lambda: layer(x_TD)),
+        "softmax, top-k": cpu_seconds(lambda: softmax_top_k(score_TE, top_k)),
     }
     for name, router in routers.items():
-        candidates[name] = timed(partial(route, router, x_TD))
+        candidates[name] = cpu_seconds(partial(route, router, x_TD))
     for name, balancer in BALANCERS.items():
         if isinstance(balancer, Bip) or (isinstance(balancer, Quantile) and balancer.rounds and not balancer.polish):
-            candidates[f"{name}: quote"] = timed(quote(balancer, score_TE, top_k))
-            candidates[f"{name}: in torch"] = timed(in_python(quote(balancer, score_TE, top_k)))
-            candidates[f"{name}: sorted"] = timed(sorted_quote(balancer, score_TE, top_k))
+            candidates[f"{name}: quote"] = cpu_seconds(quote(balancer, score_TE, top_k))
+            candidates[f"{name}: in torch"] = cpu_seconds(in_python(quote(balancer, score_TE, top_k)))
+            candidates[f"{name}: sorted"] = cpu_seconds(sorted_quote(balancer, score_TE, top_k))
     seconds = rounds(candidates, count)
     rows = []
     for name in BALANCERS:
@@ -110,21 +113,44 @@ def measure(config: MoEConfig, num_tokens: int, count: int, dtype: torch.dtype) 
 
 
 def quotes(count: int) -> None:
-    """Popular experts: logits fall by 2 from the first to the last."""
     rows: list[list[object]] = []
-    for name, num_tokens, num_experts in (
-        ("bip-8k64", 8192, 64),
-        ("bip-32k128", 32768, 128),
-        ("bip-64k256", 65536, 256),
-    ):
-        score_TE = (torch.randn(num_tokens, num_experts) + torch.linspace(1, -1, num_experts)).softmax(dim=1)
-        candidates = {"softmax, top-k": timed(partial(softmax_top_k, score_TE, 8))}
+    for name in BATCHES:
+        score_TE = scores_of(name)
+        candidates = {"softmax, top-k": cpu_seconds(partial(softmax_top_k, score_TE, 8))}
         for who in ("Bip, 4 rounds", "Quantile, 1 round"):
-            candidates[who] = timed(quote(BALANCERS[who], score_TE, 8))
-            candidates[f"{who}, in torch"] = timed(in_python(quote(BALANCERS[who], score_TE, 8)))
+            candidates[who] = cpu_seconds(quote(BALANCERS[who], score_TE, 8))
+            candidates[f"{who}, in torch"] = cpu_seconds(in_python(quote(BALANCERS[who], score_TE, 8)))
         seconds = rounds(candidates, count)
         rows.append([name, *(median_ratio(taken, seconds["softmax, top-k"]) for taken in seconds.values())])
     show("Prices of a batch ÷ (softmax, top-k)", ["batch", *candidates], rows)
+
+
+def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool) -> Iterator[Measured]:
+    """Bip's prices in four rounds, of the named batches, within so many seconds: for the suite. The floor is a softmax
+    and a top-k of the same scores; the peers are the same rule in torch, and by sorting where that takes no minute."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    wanted = {name: float(tokens * experts) for name, (tokens, experts) in BATCHES.items() if name in names}
+    for name, budget in shared(seconds, wanted):
+        start, score_TE, bip = time.monotonic(), scores_of(name), Bip(rounds=4)
+        ours, by_sorting, absent = quote(bip, score_TE, 8), sorted_quote(bip, score_TE, 8), {}
+        runs: dict[str, Callable[[], Tensor]] = {"ours": ours, "again": ours, "in torch": in_python(ours)}
+        if score_TE.numel() <= 2**22:
+            runs["by sorting"] = by_sorting
+        else:
+            absent["by sorting"] = "takes some ten seconds a run with so many scores"
+        for who, run in runs.items():
+            assert torch.allclose(run(), ours(), atol=1e-6), f"{name}: {who} quotes other prices"
+        candidates = {"floor": cpu_seconds(partial(softmax_top_k, score_TE, 8))}
+        candidates |= {who: cpu_seconds(run) for who, run in runs.items()}
+        samples = interleaved(candidates, count, budget=budget - (time.monotonic() - start))
+        yield Measured.of(samples, workload=name, what="float32, Bip, 4 rounds", clock="CPU", absent=absent)
+
+
+def scores_of(batch: str) -> Tensor:
+    """Popular experts: logits fall by 2 from the first to the last."""
+    num_tokens, num_experts = BATCHES[batch]
+    return (torch.randn(num_tokens, num_experts) + torch.linspace(1, -1, num_experts)).softmax(dim=1)
 
 
 def built(config: MoEConfig, balancer: Balancer, dtype: torch.dtype) -> Router:
@@ -138,15 +164,6 @@ def built(config: MoEConfig, balancer: Balancer, dtype: torch.dtype) -> Router:
 
 def route(router: Router, x_TD: Tensor) -> None:
     router.observe(router(x_TD))
-
-
-def timed(once: Callable[[], object]) -> Callable[[], float]:
-    def run() -> float:
-        start = time.process_time()
-        once()
-        return time.process_time() - start
-
-    return run
 
 
 def softmax_top_k(score_TE: Tensor, top_k: int) -> Tensor:

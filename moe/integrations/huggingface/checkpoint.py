@@ -169,7 +169,7 @@ def _as_the_host_knows_them(model: nn.Module) -> Iterator[dict[str, list[int]]]:
     on the meta device may be replaced by real ones. -> the experts in each, by name"""
     layers = _layers(model)
     for name, layer in layers.items():
-        host, ids = layer.experts.activation.experts, layer.experts.expert_ids
+        host, ids = layer.experts.host.module, layer.experts.expert_ids
         order = sorted(range(len(ids)), key=ids.__getitem__)
         for leaf, weight in layer.experts.named_parameters():
             in_order = weight if order == list(range(len(ids))) else nn.Parameter(weight.detach()[order])
@@ -182,7 +182,7 @@ def _as_the_host_knows_them(model: nn.Module) -> Iterator[dict[str, list[int]]]:
             experts = layer.experts
             rank_of = {expert: place for place, expert in enumerate(sorted(experts.expert_ids))}
             for leaf, weight in list(experts.named_parameters()):
-                given = experts.activation.experts._parameters.pop(leaf)
+                given = experts.host.module._parameters.pop(leaf)
                 if weight.is_meta and (not given.is_meta or not len(given)):
                     real = torch.empty_like(given, device="cpu") if given.is_meta else given.detach()
                     slots = real[[rank_of[expert] for expert in experts.expert_ids]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe.compute import Fastest
 from moe.config import MoEConfig
-from moe.integrations.huggingface.experts import HostExperts, HostGate, layout, names_of
+from moe.integrations.huggingface.experts import Host, HostExperts, names_of
 from moe.integrations.huggingface.layer import HostMoE
 from moe.stack import Stack
 from placement import Placement
@@ -67,20 +67,21 @@ class Door:
 
     def _made(self, hidden_states: Tensor, top_k: int) -> HostMoE:
         """When the weights are there, and this rank's part of them is what the host's module holds."""
-        host, ranks = self.experts, self.ep_mesh.size()
-        down = _stack(host).down
-        own, dim, hidden = down.shape
+        host, ranks = Host(self.experts), self.ep_mesh.size()
+        own, dim, hidden = host.stack().down.shape
         config = MoEConfig(
             dim=dim,
             hidden=hidden,
             num_experts=own * ranks,
             top_k=top_k,
             assigner=self.assigner,
-            activation=HostGate(experts=host, fan=2 if host.has_gate else 1),
-            bias=bool(host.has_bias),
+            activation=host.activation,
+            bias=bool(self.experts.has_bias),
         )
         placement = Placement(expert_RS=np.arange(own * ranks).reshape(ranks, own))
-        return _Behind(host, nn.Identity(), config, self.ep_mesh.get_group(), placement).to(hidden_states.device)
+        return _Behind(self.experts, nn.Identity(), config, self.ep_mesh.get_group(), placement).to(
+            hidden_states.device
+        )
 
 
 class _Behind(HostMoE):
@@ -93,15 +94,8 @@ class _Borrowed(HostExperts):
 
     def __init__(self, host: nn.Module, expert_ids: list[int]) -> None:
         nn.Module.__init__(self)
-        self.expert_ids, self.names = tuple(expert_ids), names_of(host)
-        self.transposed, self.compute = bool(host.is_transposed), Fastest()
-        self.activation = HostGate(experts=host, fan=2 if host.has_gate else 1)
+        self.host, self.names, self.compute = Host(host), names_of(host), Fastest()
+        self.expert_ids, self.activation = tuple(expert_ids), self.host.activation
 
     def stack(self) -> Stack:
-        assert isinstance(self.activation, HostGate)
-        return _stack(self.activation.experts)
-
-
-def _stack(host: nn.Module) -> Stack:
-    weight = {field: getattr(host, name) for field, name in names_of(host).items()}
-    return layout(weight, bool(host.is_transposed))
+        return self.host.stack()

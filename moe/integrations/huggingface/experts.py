@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.integrations import moe as transformers_moe
 
+from moe.activation import Activation, SwiGLU
 from moe.comm import here
 from moe.compute import Compute, Fastest
 from moe.experts import Experts
 from moe.stack import Stack
 
+# What transformers gives to a class that has no gate of its own: act_fn(first half) * second half.
+PLAIN_GATE = getattr(transformers_moe, "_default_apply_gate", None)
 MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
 
 
@@ -34,6 +40,33 @@ class HostGate:
         return f"the gate of {type(self.experts).__name__}"
 
 
+@dataclass(frozen=True, eq=False)
+class Host:
+    """A module of the host whose experts are run here. It goes on to say what they are, with or without its weights:
+    checkpoints put it back for a moment, its own activation lives in it. Not a submodule of what runs them."""
+
+    module: nn.Module
+
+    @property
+    def activation(self) -> Activation:
+        """Ours where it is silu(gate) * up, halves in this order: that we have faster ways for. Else the host's own."""
+        act = getattr(self.module, "act_fn", None)
+        plain = PLAIN_GATE is not None and getattr(self.module._apply_gate, "__func__", None) is PLAIN_GATE
+        if self.module.has_gate and plain and (act is F.silu or type(act) in (nn.SiLU, SiLUActivation)):
+            return SwiGLU()
+        return HostGate(experts=self.module, fan=2 if self.module.has_gate else 1)
+
+    @property
+    def transposed(self) -> bool:
+        return bool(self.module.is_transposed)
+
+    def stack(self) -> Stack:
+        """Its own weights, parameters or what stands in for them, in our layout."""
+        return layout(
+            {field: getattr(self.module, name) for field, name in names_of(self.module).items()}, self.transposed
+        )
+
+
 class HostExperts(Experts):
     """The experts of this rank, taken from a module of the host. The parameters keep the host's names and layout.
 
@@ -44,20 +77,20 @@ class HostExperts(Experts):
     def __init__(self, host: nn.Module, expert_ids: Sequence[int], compute: Compute = Fastest()) -> None:
         nn.Module.__init__(self)
         self.expert_ids = tuple(int(expert) for expert in expert_ids)
-        self.names, self.transposed, self.compute = names_of(host), bool(host.is_transposed), compute
+        self.host, self.names, self.compute = Host(host), names_of(host), compute
         for name in self.names.values():
             whole = host._parameters.pop(name)
             assert whole is not None
             own = take(whole.detach(), self.expert_ids)
             self.register_parameter(name, nn.Parameter(own, requires_grad=whole.requires_grad))
-        self.activation = HostGate(experts=host, fan=2 if host.has_gate else 1)
+        self.activation = self.host.activation
 
     def reset_parameters(self) -> None:
         raise TypeError("a host's experts start as the host made them; load a checkpoint, or make the model anew")
 
     def stack(self) -> Stack:
         weight = {field: here(self.get_parameter(name)) for field, name in self.names.items()}
-        return layout(weight, self.transposed)
+        return layout(weight, self.host.transposed)
 
     def extra_repr(self) -> str:
         up = self.stack().up

@@ -11,7 +11,7 @@ from moe.batch import Batch
 from moe.census import Pool
 from moe.comm import Group, Peers
 from moe.config import MoEConfig
-from moe.integrations.huggingface.experts import HostExperts, HostGate, is_fused, problem_with, sizes_of
+from moe.integrations.huggingface.experts import Host, HostExperts, is_fused, problem_with, sizes_of
 from moe.integrations.huggingface.router import HostRouter
 from moe.layer import MoE
 from placement import Placement, Plan
@@ -116,7 +116,7 @@ def _config(
         balancer=balancer,
         layer=layer,
         assigner=assigner,
-        activation=HostGate(experts=host, fan=2 if host.has_gate else 1),
+        activation=Host(host).activation,
         bias=bool(host.has_bias),
     )
 

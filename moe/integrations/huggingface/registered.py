@@ -16,7 +16,7 @@ from moe.compute import Fastest
 from moe.dispatch import Dispatch
 from moe.experts import compute_dtype
 from moe.guests import Nobody
-from moe.integrations.huggingface.experts import HostGate, layout, names_of, problem_with, sizes_of
+from moe.integrations.huggingface.experts import Host, problem_with, sizes_of
 from moe.stack import Stack
 from moe.visit import visit
 from routing import NOWHERE, Assignment, Choice, token_major
@@ -47,12 +47,9 @@ def experts_forward(host: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     count_RE = choice.load_E.cpu().numpy()[None]
     everything = Assignment(count_RE=count_RE, quota_RE=np.copy(count_RE))
     dispatch = Dispatch.of(choice, everything, range(num_experts), Peers.of(None))
-    whole = layout(
-        {field: host.get_parameter(name) for field, name in names_of(host).items()}, bool(host.is_transposed)
-    )
-    stack = Stack._make(None if weight is None else weight.to(dtype) for weight in whole)
-    gate = HostGate(experts=host, fan=2 if host.has_gate else 1)
-    y_TD = visit(hidden_states.to(dtype), choice.weight_N, dispatch, stack, Nobody(), Fastest(), gate)
+    stack = Stack._make(None if weight is None else weight.to(dtype) for weight in Host(host).stack())
+    activation = Host(host).activation
+    y_TD = visit(hidden_states.to(dtype), choice.weight_N, dispatch, stack, Nobody(), Fastest(), activation)
     return y_TD.to(hidden_states.dtype)
 
 
