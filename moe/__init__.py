@@ -27,6 +27,7 @@ from moe.recovery import ExpertsLostError
 from moe.reference import reference
 from moe.shards import export_safetensors, import_safetensors
 from moe.terms import Terms
+from moe.training import StepLostError
 
 __all__ = [
     "EVERYONE",
@@ -54,6 +55,7 @@ __all__ = [
     "Recorder",
     "RefetchGuests",
     "Server",
+    "StepLostError",
     "SwiGLU",
     "Terms",
     "World",

@@ -44,7 +44,7 @@ def mirror(
     mine: set[tuple[int, int]] = set()
     for ward in epoch.members:  # one after the other, so that nobody waits in a circle
         keeper = keeper_of[ward]
-        alone = _alone(epoch, ward)
+        alone = only_copies(epoch, ward)
         if not alone:
             continue
         if member == ward:
@@ -68,7 +68,7 @@ def _fetch(alone: Sequence[tuple[int, int]], rank: int, stock: Stock, kept: Kept
             kept[layer, expert] = receive_parcel(size, rank, peers, pace, stock.device).to(CPU)
 
 
-def _alone(epoch: Epoch, member: int) -> list[tuple[int, int]]:
+def only_copies(epoch: Epoch, member: int) -> list[tuple[int, int]]:
     """The experts of which this member has the only copy."""
     assert epoch.plan is not None
     return [

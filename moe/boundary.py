@@ -15,7 +15,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,23 +29,29 @@ from moe.layer import MoE
 from moe.welcome import receive_replicated, receive_tensors, send_replicated, send_tensors
 
 
-def _agree_on_no_gradients(layers: Sequence[MoE], crossing: Peers) -> None:
+def has_gradients(layers: Sequence[MoE]) -> bool:
+    return any(weight.grad is not None for layer in layers for weight in layer.experts.parameters())
+
+
+def refuse_gradients(left_R: NDArray[np.int64]) -> None:
     """One error on all, if anybody has one: the others would wait for who stops here alone."""
-    left = any(weight.grad is not None for layer in layers for weight in layer.experts.parameters())
-    device = layers[0].router.price_E.device
-    left_R = gather_counts(torch.tensor([int(left)], device=device), crossing)[:, 0]
     if left_R.any():
         raise ValueError(
-            f"experts of ranks {left_R.nonzero()[0].tolist()} of this change have gradients, which would be lost; end "
-            f"a step with optimizer.zero_grad()"
+            f"experts of ranks {left_R.nonzero()[0].tolist()} have gradients, which would be lost; end a step with "
+            f"optimizer.zero_grad()"
         )
 
 
 @torch.no_grad()
-def cross(change: Change, member: int, model: nn.Module, optimizer: Optimizer, crossing: Peers, pace: Pace) -> int:
-    """All who take part call, after the same step, without gradients. -> bytes this member sent"""
+def cross(
+    change: Change, member: int, step: int, model: nn.Module, optimizer: Optimizer, crossing: Peers, pace: Pace
+) -> tuple[int, int]:
+    """All who take part call, after the same step, without gradients. -> that step, which who comes does not know, and
+    the bytes this member sent"""
     layers = list(layers_of(model).values())
-    _agree_on_no_gradients(layers, crossing)
+    said = torch.tensor([has_gradients(layers), step], device=layers[0].router.price_E.device)
+    said_RX = gather_counts(said, crossing)
+    refuse_gradients(said_RX[:, 0])
     union, sent = change.union, 0
     for source, joiner in change.welcomes:
         if member == source:
@@ -69,7 +77,7 @@ def cross(change: Change, member: int, model: nn.Module, optimizer: Optimizer, c
     for number, layer in enumerate(layers):
         rows = {expert: row_B for (where, expert), row_B in arrived.items() if where == number}
         _rehouse(layer, optimizer, change.new.experts_of(member, number), rows)
-    return sent
+    return int(said_RX[:, 1].max()), sent
 
 
 def _rehouse(layer: MoE, optimizer: Optimizer, ids: tuple[int, ...], rows: Mapping[int, Tensor]) -> None:

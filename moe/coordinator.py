@@ -15,28 +15,19 @@ what it has, and `recovered` says how they go on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from moe.course import Course, Phase
 from moe.epoch import Change, Epoch, Transfer, changes
 from moe.operation import ABORTED, DONE, PENDING, RUNNING, Operation, Operations
-from moe.recovery import ExpertsLostError, Inventory, Restore, recovered
+from moe.recovery import ExpertsLostError, Inventory, Mark, Repair, Restore, common, recovered
 from moe.roster import Member, RefusedError, Roster, State
 from placement import Plan
 
 Process = Mapping[str, Any]
 NOWHERE: Process = {}
 Stage = tuple[tuple[int, ...], Plan | None, tuple[Transfer, ...]]
-
-
-@dataclass
-class Repair:
-    """Under way: who has to report, and what was heard. until: who is silent by then is dead."""
-
-    until: float
-    reason: str
-    found: dict[int, Inventory]
 
 
 class Coordinator:
@@ -52,9 +43,11 @@ class Coordinator:
         self._stages: list[Stage] = []
         self.repair: Repair | None = None
         self.restores: tuple[Restore, ...] = ()
+        self.mark: Mark | None = None
         self._settling: set[int] = set()
         self._founding: dict[int, Plan] = {}
         self._numbers = self._portion = 0
+        self._byte_L: tuple[int, ...] = ()
         self.lost: dict[int, tuple[int, ...]] = {}
 
     def hello(
@@ -62,7 +55,7 @@ class Coordinator:
     ) -> int:
         """Somebody new. plan: of a founder, the same from each, with as many ranks as there are founders; None of who
         comes later, who stands by until it is wanted. slots: experts of a layer it can hold, 0 for any number. portion:
-        experts that may go to or from a rank at a step boundary; 0 where they travel in the background.
+        bytes of experts that may go to or from a rank at a step boundary; 0 for any number.
         -> its number"""
         if plan is not None and self.epoch is not None:
             raise RefusedError(f"epoch {self.epoch.number} serves already; join it, without a plan")
@@ -84,9 +77,14 @@ class Coordinator:
         self._moved()
         return member.number
 
-    def beat(self, now: float, number: int, step: int = 0, backed: int = 0) -> None:
+    def beat(self, now: float, number: int, step: int = 0, backed: int = 0, byte_L: Sequence[int] = ()) -> None:
+        """byte_L: what an expert of each layer weighs; who has none of a layer may know less."""
         member = self.roster.hear(now, number)
         member.step, member.backed = step, backed
+        heaviest_L = tuple(map(max, zip_longest(byte_L, self._byte_L, fillvalue=0)))
+        if heaviest_L != self._byte_L:
+            self._byte_L = heaviest_L
+            self._moved()
 
     def reached(self, now: float, number: int, epoch: int, phase: Phase) -> None:
         """A member is done with a phase of the change to an epoch, or, with FREE, has done a step in one."""
@@ -177,13 +175,16 @@ class Coordinator:
 
     def _target(self, operation: Operation) -> tuple[int, ...] | None:
         assert self.epoch is not None
-        return operation.target(self.epoch.members, self.roster.numbers(State.STANDBY))
+        target = operation.target(self.epoch.members, self.roster.numbers(State.STANDBY))
+        if target and self._portion and not min(self._byte_L, default=0):
+            operation.reason, target = "waits for a step, after which members know what an expert weighs", None
+        return target
 
     def _way(self, members: tuple[int, ...]) -> list[Stage]:
         assert self.epoch is not None
         slots_of = {member.number: member.slots for member in self.roster.living()}
         try:
-            return list(changes(self.epoch, members, slots_of, portion=self._portion))
+            return list(changes(self.epoch, members, slots_of, portion=self._portion, byte_L=self._byte_L))
         except ValueError as error:
             raise RefusedError(str(error)) from None
 
@@ -269,6 +270,7 @@ class Coordinator:
         serving = [member.number for member in self.roster.living(self.epoch.members)]
         taking_part = () if self.course is None else self.course.change.union
         reason, self.repair = self.repair.reason, None
+        self.mark, found = common(self.epoch, found)
         try:
             epoch, self.restores = recovered(self.epoch, self._next(), serving, found)
         except ExpertsLostError as error:
@@ -278,8 +280,8 @@ class Coordinator:
         for member in self.roster.living(taking_part):
             if member.number in epoch.members:
                 member.state = State.SERVING
-            elif member.state == State.SERVING:  # it was to leave, and nobody needs what it has
-                member.state = State.RELEASED
+            elif member.state == State.SERVING:  # it was to leave, or came after the step that all go back to
+                member.state = State.STANDBY if member.number in serving else State.RELEASED
         self.epoch, self._settling = epoch, set(epoch.members)
         self._abort(reason)
 

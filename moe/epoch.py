@@ -97,14 +97,21 @@ class Change:
 
 
 def changes(
-    epoch: Epoch, members: Sequence[int], slots_of: Mapping[int, int], *, spare: int = 1, portion: int = 0
+    epoch: Epoch,
+    members: Sequence[int],
+    slots_of: Mapping[int, int],
+    *,
+    spare: int = 1,
+    portion: int = 0,
+    byte_L: Sequence[int] = (),
 ) -> tuple[tuple[tuple[int, ...], Plan | None, tuple[Transfer, ...]], ...]:
     """The way from an epoch to other members, in the fewest moves: (members, plan, transfers) of each epoch on it.
 
     slots_of: the most experts of a layer that a member may hold; 0 for as many as there are. Who comes serves from the
     first of these epochs on, who goes until the last. Most often one is enough; more where a rank's memory, max(before,
-    after) + spare experts of a layer, asks for waves, or where no more than `portion` experts may move at once to or
-    from a rank; 0 for any number. Raises where the members have no room for the experts.
+    after) + spare experts of a layer, asks for waves, or where no more than `portion` bytes may move at once to or from
+    a rank; 0 for any number. byte_L: what an expert of each layer weighs, 1 where not given. Raises where the members
+    have no room for the experts, or one weighs more than a portion.
     """
     if not members:
         return (((), None, ()),)
@@ -116,7 +123,7 @@ def changes(
     start = Plan(placement_L=tuple(_over(union, epoch, p) for p in epoch.plan.placement_L), layer_L=epoch.plan.layer_L)
     most = max(placement.num_experts for placement in start.placement_L)
     slots_R = tuple((slots_of.get(member) or most) * (member not in go) for member in union)
-    migration = migrate(start, Topology(slots_R=slots_R, ranks_per_node=len(union)), spare=spare)
+    migration = migrate(start, Topology(slots_R=slots_R, ranks_per_node=len(union)), spare=spare, byte_L=byte_L)
     stages = [list(waves) for waves in migration.boundaries(portion)] if portion else _stages(migration)
     stages = stages or [[]]
     now, made = list(start.placement_L), []

@@ -4,10 +4,10 @@
     while live.serves():
         y = live.run(lambda: model_step(live.model, next_request()))
 
-`run` does a step, and does it again if a member died in it; a step must not change anything before it returns. All
-members run their steps together, with tokens or without. Between two steps the member takes over what arrived in the
-background, and changes over to the next epoch once all members said, in a step, that they are ready for it: no message
-more than the step has anyhow.
+`run` does a step, and does it again if a member died in it; a step must not change anything before it returns, unless
+the model is trained: see Training. All members run their steps together, with tokens or without. Between two steps the
+member takes over what arrived in the background, and changes over to the next epoch once all members said, in a step,
+that they are ready for it: no message more than the step has anyhow.
 """
 
 from __future__ import annotations
@@ -21,24 +21,20 @@ from typing import Self, TypeVar
 import torch
 
 from moe.backup import mirror
-from moe.boundary import cross
 from moe.comm import Ballot, CoordinatorLostError, Meeting, Membership, Peers, PeersLostError, View
 from moe.course import Phase
 from moe.epoch import Change, Epoch
-from moe.outside import OUTSIDE, Build, built, elsewhere
-from moe.recovery import ExpertsLostError, Restore
+from moe.outside import OUTSIDE, Build, ReleasedError, built, elsewhere
+from moe.recovery import ExpertsLostError
 from moe.salvage import Recovery, Salvage
 from moe.staging import Staging, Trimming, in_background, later
 from moe.stock import Stock
 from moe.terms import Terms
+from moe.training import Training
 from moe.verdict import verdict
 from placement import Plan
 
 T = TypeVar("T")
-
-
-class ReleasedError(RuntimeError):
-    """A member that stood by is not wanted any more."""
 
 
 class Live:
@@ -50,7 +46,7 @@ class Live:
             address,
             plan=None if plan is None else plan.to_json(),
             slots=terms.slots,
-            portion=terms.portion,
+            portion=terms.bytes_per_boundary,
             beat=terms.beat,
             timeout=terms.patience,
         )
@@ -65,11 +61,12 @@ class Live:
         self._trimming: Trimming | None = None
         self._old: object = None
         self._fresh = False
-        self._salvage = Salvage(terms.read)
         self.peers = OUTSIDE if self.epoch is None else self._met(epoch)
         self.model = built(build, self.peers, elsewhere(epoch.plan) if self.epoch is None else epoch.plan)
         self.stock = Stock(self.model)
         self.optimizer = None if terms.optimizer is None else terms.optimizer(self.model)
+        self._training = None if self.optimizer is None else Training(self.model, self.optimizer, terms)
+        self._salvage = Salvage(terms.read, self._training)
         if self.epoch is not None:
             self._trim()
 
@@ -91,7 +88,12 @@ class Live:
             view = seen = self._news(seen)
             if self.member in view["released"]:
                 return False
-            self._heed(view)
+            try:
+                self._heed(view)
+                continue
+            except PeersLostError as error:  # in training, of those who were to send what it lacks
+                error.forget()
+            self._recover(self._handled)
         return True
 
     def run(self, step: Callable[[], T]) -> T:
@@ -104,13 +106,15 @@ class Live:
                 self._heed(view)
                 if self.epoch is None and not self.serves():
                     raise ReleasedError(f"member {self.member} was released before its step was done")
+                if self._training is not None and self.epoch is not None:
+                    self._training.begin(self.epoch, self.steps, self.membership, self.peers)
                 result = step()
+                self._after()
             except PeersLostError as error:
-                if tries >= self.terms.tries or self.optimizer is not None:
+                if tries >= self.terms.tries:
                     raise
                 error.forget()
             else:
-                self._after()
                 return result
             self.retries += 1
             self._recover(self._number)  # now that the error is gone, which held the group
@@ -132,14 +136,12 @@ class Live:
 
     def _news(self, seen: View | None) -> View:
         """Another view than the one seen. Who does not serve may stand by for long."""
+        something_waits = lambda: self._staging is not None and self._staging.handover.waiting  # noqa: E731
         while True:
             try:
-                return self.membership.wait(lambda view: view is not seen, 3600.0, self._something_waits)
+                return self.membership.wait(lambda view: view is not seen, 3600.0, something_waits)
             except CoordinatorLostError:
                 continue
-
-    def _something_waits(self) -> bool:
-        return self._staging is not None and self._staging.handover.waiting
 
     @torch.inference_mode(False)
     def _heed(self, view: View) -> None:
@@ -189,9 +191,9 @@ class Live:
         """All members do this after the same step. The old group is kept for a step: others may still be reading."""
         self.terms.at(Phase.FLIP)
         new = staging.change.new
-        if self.optimizer is not None and staging.crossing is not None:
-            pace = self.terms.pace
-            self.bytes += cross(staging.change, self.member, self.model, self.optimizer, staging.crossing, pace)
+        if self._training is not None and staging.crossing is not None:
+            self.steps, sent = self._training.cross(staging.change, self.member, self.steps, staging.crossing)
+            self.bytes += sent
         if self.epoch is not None:  # of who comes it proves nothing
             self.membership.tell("reached", epoch=new.number, phase=int(Phase.FLIP))
         self._old, self._staging = (self.peers, staging.crossing), None
@@ -210,6 +212,8 @@ class Live:
 
     def _trim(self) -> None:
         """Nothing more than the table puts here; and backups, as far as they are wanted."""
+        if self._training is not None:
+            return
         if (epoch := self.epoch) is None:
             self.stock.drop()
             return
@@ -259,18 +263,15 @@ class Live:
             resolved = time.monotonic()
             if view["lost"]:
                 raise ExpertsLostError({int(layer): experts for layer, experts in view["lost"].items()})
-            if self.optimizer is not None and view["restores"]:  # they would be of another step than the others
-                raise PeersLostError("experts of a training run died with a member; start again from a checkpoint")
             epoch = Epoch.read(view["epoch"])
             self._number = self._handled = number = epoch.number
             if self.member not in epoch.members:
                 self._salvage.rows = {}
                 self.stock.drop()
                 return
-            restores = [Restore(**fields) for fields in view["restores"]]
             try:
                 self.peers = self._met(epoch)
-                self._salvage.restore(self.stock, epoch, self.member, restores)
+                self.steps = self._salvage.restore(self.stock, epoch, self.member, view, self.peers, self.steps)
             except PeersLostError:
                 continue
             self._enter(epoch, self.peers)

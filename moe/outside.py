@@ -17,6 +17,10 @@ Build = Callable[[Peers, Plan], nn.Module]
 OUTSIDE = Peers(group=None, rank=1, size=2)
 
 
+class ReleasedError(RuntimeError):
+    """A member that stood by is not wanted any more."""
+
+
 @torch.inference_mode(False)
 def built(build: Build, group: Peers, plan: Plan) -> nn.Module:
     """Its weights will change, which those made for inference alone do not like."""

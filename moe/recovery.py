@@ -2,14 +2,17 @@
 
 Ranks may have seen the flip of an epoch or not, so no table is trusted: every survivor says what it holds, arrivals of
 a change under way included, and what it keeps as a backup of others.
+
+In training the survivors may be in different steps. There every member says which generations of backups it has whole,
+and all go back to the newest of which nobody who made it, and lives, lacks its part.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -31,21 +34,52 @@ class ExpertsLostError(RuntimeError):
         )
 
 
+class Mark(NamedTuple):
+    """A generation of backups: of this epoch, after so many steps. A later one is larger."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A member's part of a generation: its own experts as they were, and those it keeps for others. members: all who
+    made it."""
+
+    mark: Mark
+    members: tuple[int, ...]
+    held_L: tuple[tuple[int, ...], ...]
+    backup_L: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Self:
+        held, backup = _layers(fields["held_L"]), _layers(fields["backup_L"])
+        return cls(mark=Mark(*fields["mark"]), members=tuple(fields["members"]), held_L=held, backup_L=backup)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
-    """What a member truly has. held_L, backup_L: experts by layer. reads: it can read a checkpoint."""
+    """What a member truly has. held_L, backup_L: experts by layer. reads: it can read a checkpoint. saved_N: the
+    generations it can go back to."""
 
     held_L: tuple[tuple[int, ...], ...]
     backup_L: tuple[tuple[int, ...], ...]
     reads: bool
+    saved_N: tuple[Saved, ...] = ()
 
     def fields(self) -> dict[str, Any]:
-        return {"held": [list(h) for h in self.held_L], "backup": [list(b) for b in self.backup_L], "reads": self.reads}
+        return asdict(self)
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Self:
-        held, backup = (tuple(tuple(experts) for experts in fields[name]) for name in ("held", "backup"))
-        return cls(held_L=held, backup_L=backup, reads=bool(fields["reads"]))
+        held, backup = _layers(fields["held_L"]), _layers(fields["backup_L"])
+        saved_N = tuple(Saved.read(saved) for saved in fields["saved_N"])
+        return cls(held_L=held, backup_L=backup, reads=bool(fields["reads"]), saved_N=saved_N)
+
+    def at(self, mark: Mark) -> Self | None:
+        """As it was then; None where that is not whole here."""
+        then = next((saved for saved in self.saved_N if saved.mark == mark), None)
+        return None if then is None else replace(self, held_L=then.held_L, backup_L=then.backup_L)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +90,43 @@ class Restore:
     expert: int
     member: int
     source: str
+
+
+@dataclass
+class Repair:
+    """Under way: who has to report, and what was heard. until: who is silent by then is dead."""
+
+    until: float
+    reason: str
+    found: dict[int, Inventory]
+
+
+def common(epoch: Epoch, found: Mapping[int, Inventory]) -> tuple[Mark | None, dict[int, Inventory]]:
+    """The generation that all go back to, and what each had then; who made another one only is not among them.
+
+    found: what each survivor has. The newest that is whole and has every expert; where none has, the newest that is
+    whole. None, and all as it is, where there is none: so it is while nothing is trained.
+    """
+    assert epoch.plan is not None
+    makers_of = {saved.mark: saved.members for inventory in found.values() for saved in inventory.saved_N}
+    whole: list[tuple[Mark, dict[int, Inventory]]] = []
+    for mark in sorted(makers_of, reverse=True):
+        makers = [member for member in makers_of[mark] if member in found]
+        then = {member: at for member in makers if (at := found[member].at(mark)) is not None}
+        if len(then) == len(makers):
+            whole.append((mark, then))
+    for mark, then in whole:
+        if not _missing(epoch.plan, then.values()):
+            return mark, then
+    return whole[0] if whole else (None, dict(found))
+
+
+def _missing(plan: Plan, inventories: Collection[Inventory]) -> bool:
+    return any(
+        set(range(placement.num_experts))
+        - {expert for each in inventories for expert in (*each.held_L[layer], *each.backup_L[layer])}
+        for layer, placement in enumerate(plan.placement_L)
+    )
 
 
 def recovered(
@@ -97,6 +168,10 @@ def recovered(
         layer_L=epoch.plan.layer_L,
     )
     return Epoch(number=number, members=members, plan=plan), tuple(restores)
+
+
+def _layers(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(experts) for experts in rows)
 
 
 def _members(serving: Sequence[int], found: Mapping[int, Inventory]) -> tuple[int, ...]:

@@ -3,16 +3,17 @@ for a change that was called off, and a checkpoint to read from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
+from moe.comm import Peers, View
 from moe.epoch import Epoch
 from moe.recovery import BACKUP, CHECKPOINT, Inventory, Restore
 from moe.stock import Stock
+from moe.terms import Reader
+from moe.training import Training
 
-Reader = Callable[[str, int], Mapping[str, Tensor]]
 Rows = dict[tuple[int, int], Tensor]
 
 
@@ -27,14 +28,16 @@ class Recovery(NamedTuple):
 
 class Salvage:
     """rows: experts that arrived. kept: backups of others' experts. read: (layer's name, expert) -> its tensors by
-    name, from a checkpoint; None where there is none."""
+    name, from a checkpoint; None where there is none. training: which has ways of its own, as weights change."""
 
-    def __init__(self, read: Reader | None) -> None:
+    def __init__(self, read: Reader | None, training: Training | None) -> None:
         self.rows: Rows = {}
         self.kept: Rows = {}
-        self._read = read
+        self._read, self._training = read, training
 
     def inventory(self, stock: Stock) -> Inventory:
+        if self._training is not None:
+            return self._training.inventory(stock)
         kept = list(self.kept)  # a thread may be adding to it
         held_L = [set(ids) for ids in stock.held_L]
         for layer, expert in self.rows:
@@ -45,8 +48,12 @@ class Salvage:
             reads=self._read is not None,
         )
 
-    def restore(self, stock: Stock, epoch: Epoch, member: int, restores: Sequence[Restore]) -> None:
-        """Into the stack whatever the epoch puts here and is not in it. After that the rest is let go."""
+    def restore(self, stock: Stock, epoch: Epoch, member: int, view: View, peers: Peers, step: int) -> int:
+        """Into the stack whatever the epoch puts here and is not in it. After that the rest is let go. -> the step to
+        go on from, in training perhaps an earlier one"""
+        if self._training is not None:
+            return self._training.go_back(view, epoch, member, peers)
+        restores = [Restore(**fields) for fields in view["restores"]]
         source_of = {(r.layer, r.expert): r.source for r in restores if r.member == member}
         for layer, held in enumerate(stock.held_L):
             missing = [expert for expert in epoch.experts_of(member, layer) if expert not in held]
@@ -55,6 +62,7 @@ class Salvage:
                 ids = (*held, *missing)
                 stock.take(layer, ids, stock.restack(layer, ids, rows))
         self.rows = {}
+        return step
 
     def _row(self, stock: Stock, layer: int, expert: int, source: str) -> Tensor:
         if source == BACKUP:

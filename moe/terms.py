@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moe.backup import Keepers, nobody
-from moe.comm import Pace
-from moe.salvage import Reader
+from moe.comm import Pace, Peers
 from moe.staging import Hook, unhindered
+
+Reader = Callable[[str, int], Mapping[str, Tensor]]
+Resume = Callable[[nn.Module, Optimizer, Peers], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,10 @@ class Terms:
 
     backup: who keeps whose experts in host memory; `other_host`, or `nobody`. All members need the same.
 
-    optimizer: makes the optimiser of a model that is trained. Then experts travel between two steps, at most `portion`
-    of them to or from a rank, 0 for any number; all members need the same.
+    optimizer: makes the optimiser of a model that is trained. Then experts travel between two steps, at most
+    `bytes_per_boundary` of them to or from a rank, 0 for any number; all members need the same. Backups are then made
+    before a step, every `backup_every` steps, and after a death all go back to the last; see Training. resume: (model,
+    optimiser, peers) -> the step it is at, from a checkpoint of the whole run, where backups do not help.
 
     at: called when a phase begins, for tests that let a member fail there.
     """
@@ -40,6 +44,12 @@ class Terms:
     read: Reader | None = None
     backup: Keepers = nobody
     optimizer: Callable[[nn.Module], Optimizer] | None = None
-    portion: int = 0
+    bytes_per_boundary: int = 0
+    backup_every: int = 1
+    resume: Resume | None = None
     tries: int = 5
     at: Hook = unhindered
+
+    def __post_init__(self) -> None:
+        if self.backup_every < 1:
+            raise ValueError(f"backup_every={self.backup_every}; use the steps from a backup to the next, 1 or more")

@@ -10,7 +10,8 @@ from moe.roster import State
 
 
 def view(coordinator: Coordinator) -> dict[str, Any]:
-    """All that members need to know. report: who is to say what it has, after a failure."""
+    """All that members need to know. report: who is to say what it has, after a failure. mark: the
+    generation of backups that all go back to, in training."""
     course, roster = coordinator.course, coordinator.roster
     return {
         "version": coordinator.version,
@@ -19,6 +20,7 @@ def view(coordinator: Coordinator) -> dict[str, Any]:
         "go": course is not None and course.go,
         "report": [] if coordinator.repair is None else coordinator.expected(),
         "restores": [asdict(restore) for restore in coordinator.restores],
+        "mark": coordinator.mark,
         "released": roster.numbers(State.RELEASED),
         "dead": roster.numbers(State.DEAD),
         "lost": _lost(coordinator),

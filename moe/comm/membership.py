@@ -47,8 +47,8 @@ def located(address: str | os.PathLike[str]) -> tuple[str, int]:
 
 
 class Membership:
-    """number: this member's. view: the last the coordinator sent, None before the first. steps, and the epoch that is
-    backed up, are told with each beat.
+    """number: this member's. view: the last the coordinator sent, None before the first. steps, the epoch that is
+    backed up, and in training what an expert of each layer weighs, are told with each beat.
 
     The coordinator may go away: nothing here waits for it but `wait`; the line is tried again with every beat.
     """
@@ -67,6 +67,7 @@ class Membership:
         self._address, self._beat = address, beat
         self.view: View | None = None
         self.steps = self.backed = self.number = 0
+        self.byte_L: tuple[int, ...] = ()
         self._refusal: Exception | None = None
         self._changed = threading.Condition()
         self._ended, self._sending, self._rest = threading.Event(), threading.Lock(), b""
@@ -138,7 +139,7 @@ class Membership:
         while not self._ended.is_set():
             if self.number and time.monotonic() >= due:
                 due = time.monotonic() + self._beat
-                self._say({"do": "beat", "step": self.steps, "backed": self.backed})
+                self._say({"do": "beat", "step": self.steps, "backed": self.backed, "byte_L": self.byte_L})
             poll = select.poll()  # select.select() takes no descriptor above 1023, and a process may have many
             poll.register(self._link, select.POLLIN)
             if poll.poll(1000 * self._beat / 2) and not self._hear():

@@ -167,7 +167,7 @@ class Server:
                 line.member = message["member"]
                 self._left.discard(line.member)
             case "beat":
-                coordinator.beat(now, line.member, message["step"], message["backed"])
+                coordinator.beat(now, line.member, message["step"], message["backed"], message["byte_L"])
             case "reached":
                 coordinator.reached(now, line.member, message["epoch"], Phase(message["phase"]))
             case "failed":

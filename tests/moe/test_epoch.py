@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -57,15 +58,16 @@ def test_the_way_to_other_members_is_even_at_its_end_and_moves_what_it_must(
 
 
 @settings(deadline=None)
-@given(targets(), st.sampled_from([0, 1, 2]))
-def test_whoever_sends_has_it_and_no_rank_moves_more_at_once_than_it_may(
-    target: tuple[Epoch, tuple[int, ...]], portion: int
+@given(targets(), st.sampled_from([0, 5, 9]), st.data())
+def test_whoever_sends_has_it_and_no_rank_moves_more_bytes_at_once_than_it_may(
+    target: tuple[Epoch, tuple[int, ...]], portion: int, data: st.DataObject
 ) -> None:
     epoch, members = target
     assert epoch.plan is not None
     layers = range(len(epoch.plan.placement_L))
+    byte_L = [data.draw(st.integers(1, 5)) for _ in layers]
     held = {(m, layer, e) for layer in layers for m in epoch.members for e in epoch.experts_of(m, layer)}
-    for turn, (serving, plan, transfers) in enumerate(changes(epoch, members, {}, portion=portion)):
+    for turn, (serving, plan, transfers) in enumerate(changes(epoch, members, {}, portion=portion, byte_L=byte_L)):
         assert all((t.source, t.layer, t.expert) in held for t in transfers)
         held |= {(t.destination, t.layer, t.expert) for t in transfers}
         after = Epoch(number=epoch.number + 1 + turn, members=serving, plan=plan)
@@ -73,8 +75,10 @@ def test_whoever_sends_has_it_and_no_rank_moves_more_at_once_than_it_may(
         assert wanted <= held
         held = wanted
         for end in ("source", "destination"):
-            busiest = [sum(getattr(t, end) == m for t in transfers) for m in {getattr(t, end) for t in transfers}]
-            assert not portion or max(busiest, default=0) <= portion
+            moved = Counter[int]()
+            for t in transfers:
+                moved[getattr(t, end)] += byte_L[t.layer]
+            assert not portion or max(moved.values(), default=0) <= portion
 
 
 @settings(deadline=None)

@@ -163,10 +163,10 @@ class Service:
             try:
                 while pipe.poll():
                     message = pipe.recv()
-                    if isinstance(message, Told):
-                        self.told[message.member] = message
-                    else:
+                    if isinstance(message, tuple):
                         self.pid_of[message[0]] = message[1]
+                    else:
+                        self.told[message.member] = message
             except (EOFError, OSError):
                 self.pipes.remove(pipe)
 

@@ -175,3 +175,24 @@ def test_numbers_of_members_and_epochs_are_never_used_again() -> None:
     coordinator.cancel(0.0, "a")
     coordinator.scale(0.0, "b", 3)
     assert status(coordinator)["change"]["epoch"] == first + 1
+
+
+def test_bytes_at_a_boundary_are_counted_once_members_know_what_an_expert_weighs() -> None:
+    """That is after a step: before it the optimiser keeps nothing. Then a change takes as many epochs as it needs."""
+    coordinator = Coordinator()
+    for plan in (even(6, 2), even(6, 2), None):
+        coordinator.hello(0.0, plan=plan, portion=1000)
+    assert "what an expert weighs" in coordinator.scale(0.0, "a", 3)["reason"]
+    assert coordinator.phase == Phase.WAIT
+    coordinator.beat(0.0, 1, byte_L=(400, 0))  # it has no expert of the second layer
+    assert coordinator.phase == Phase.WAIT
+    coordinator.beat(0.0, 2, byte_L=(400, 600))
+    assert coordinator.phase == Phase.PREPARE
+    assert coordinator.course is not None
+    moving = [(400, 600)[t.layer] for t in coordinator.course.change.transfer_N if t.destination == 3]
+    assert moving
+    assert sum(moving) <= 1000
+    coordinator.cancel(0.0, "a")
+    coordinator.beat(0.0, 2, byte_L=(400, 1200))
+    with pytest.raises(RefusedError, match="an expert weighs 1200 bytes, more than the 1000"):
+        coordinator.scale(0.0, "b", 3)
