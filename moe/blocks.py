@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from moe.activation import Activation, SwiGLU
-from moe.pages import fresh
 from moe.stack import Back, Rows, Stack
 from routing import Library
 
@@ -60,9 +59,9 @@ class Blocks:
     ) -> tuple[Tensor | None, Tensor]:
         source_XD, num_rows = x.source_XD.contiguous(), self.rows.stop - self.rows.start
         if keep and h_MF is None:
-            h_MF = fresh(source_XD, num_rows, stack.up.shape[1])
+            h_MF = source_XD.new_empty(num_rows, stack.up.shape[1])
         if result_MD is None:
-            result_MD = fresh(source_XD, num_rows, stack.down.shape[1])
+            result_MD = source_XD.new_empty(num_rows, stack.down.shape[1])
         index_M = None if x.index_M is None else x.index_M[self.rows]
         source_XD = source_XD if x.index_M is not None else source_XD[self.rows]
         torch.ops.evenmoe.forward(source_XD, index_M, self.rows_A, stack.up, stack.down, h_MF, result_MD)
@@ -94,6 +93,6 @@ def total(row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tensor 
     if not (plain and narrow) or KERNELS.load() is None:
         return None
     weight_TK = None if weight_TK is None else weight_TK.contiguous()
-    y_TD = fresh(row_XD, len(place_TK), row_XD.shape[1])
+    y_TD = row_XD.new_empty(len(place_TK), row_XD.shape[1])
     torch.ops.evenmoe.total(row_XD.contiguous(), place_TK.contiguous(), weight_TK, y_TD)
     return y_TD

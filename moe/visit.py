@@ -19,7 +19,6 @@ from moe.activation import Activation
 from moe.compute import Adds, Compute
 from moe.dispatch import add_rows
 from moe.guests import Guests, Nobody, Stacks
-from moe.pages import fresh, fresh_like
 from moe.stack import Back, Batch, Rows, Stack
 from moe.trip import Add, Trip
 from routing import at_least_fp32
@@ -123,8 +122,8 @@ def _forward(plan: _Plan, source_XD: Tensor, own: Stack) -> tuple[Tensor, Tensor
     trip, (fan_hidden, dim) = plan.trip, (own.up.shape[1], own.down.shape[1])
     coming, home = plan.send(own), plan.batches_at_home(own)
     lone, num_rows = len(home) == 1 and not plan.guests.guests, sum(trip.rows_A)
-    result_XD = None if lone and not trip.room else fresh(source_XD, num_rows + trip.room, dim)
-    h_MF = fresh(source_XD, num_rows, fan_hidden) if plan.keep and not lone else None
+    result_XD = None if lone and not trip.room else source_XD.new_empty(num_rows + trip.room, dim)
+    h_MF = source_XD.new_empty(num_rows, fan_hidden) if plan.keep and not lone else None
 
     x = Rows(source_XD, trip.index_M)
 
@@ -166,7 +165,7 @@ class _Backward:
         self.x, self.g = Rows(source_XD, plan.trip.index_M), Rows(g_XD, plan.trip.index_M)
         self.h_MF, self.weight_M = h_MF, weight_M
         num_rows = sum(plan.trip.rows_A)
-        self.drow_XD = fresh(source_XD, num_rows + plan.trip.room, source_XD.shape[1]) if wants.x else None
+        self.drow_XD = source_XD.new_empty(num_rows + plan.trip.room, source_XD.shape[1]) if wants.x else None
         self.dweight_M = None if weight_M is None else torch.empty_like(weight_M)
 
     def run(self, own: Stack, visiting: Stack | None) -> list[Tensor | None]:
@@ -196,7 +195,7 @@ class _Backward:
             dweight_M=self.dweight_M,
             drow_XD=self.drow_XD,
             grads=[
-                fresh_like(weight) if wanted and weight is not None else None
+                torch.empty_like(weight) if wanted and weight is not None else None
                 for weight, wanted in zip(stack, self.wants.weights, strict=True)
             ],
         )
