@@ -9,7 +9,8 @@ from moe.epoch import Change
 
 
 class Phase(IntEnum):
-    """IDLE: nothing to do. WAIT: for members to stand by. RECOVER: after a death. LOST: experts are gone for good."""
+    """IDLE: nothing to do. WAIT: for members to stand by. RECOVER: after a death. LOST: experts are gone for good.
+    ADOPT: a coordinator that was started anew hears the members."""
 
     IDLE = 0
     WAIT = 1
@@ -20,6 +21,7 @@ class Phase(IntEnum):
     FREE = 6
     RECOVER = 7
     LOST = 8
+    ADOPT = 9
 
 
 class Course:

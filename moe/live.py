@@ -54,9 +54,9 @@ class Live:
             beat=terms.beat,
             timeout=terms.patience,
         )
-        self.member = self.membership.number
         epoch = Epoch.read(self.membership.wait(lambda view: view["epoch"] is not None, terms.patience)["epoch"])
         assert epoch.plan is not None
+        self.member = self.membership.number
         self.epoch = epoch if plan is not None and self.member in epoch.members else None
         self.steps = self.retries = self.bytes = 0
         self.recoveries: list[Recovery] = []
@@ -214,7 +214,7 @@ class Live:
         if (epoch := self.epoch) is None:
             self.stock.drop()
             return
-        hosts = {int(number): host for number, host in self._view()["hosts"].items()}
+        hosts = {int(m): told["process"].get("host", "") for m, told in self._view()["living"].items()}
         keeper_of = self.terms.backup(epoch.members, hosts)
         extra = any(epoch.experts_of(self.member, layer) != held for layer, held in enumerate(self.stock.held_L))
         if extra or keeper_of:

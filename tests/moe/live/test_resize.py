@@ -15,7 +15,7 @@ def test_a_service_grows_and_shrinks_and_every_answer_is_that_of_the_static_mode
         service.scale(4)
         assert len(service.settle()["members"]) == 4
         service.scale(3)
-        assert len(service.settle()["safe_to_terminate"]) == 1
+        assert len(service.settle()["members"]) == 3
         service.join(2)
         service.scale(5)
         service.settle()
