@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe.course import Course, Phase
-from moe.epoch import Change, Epoch, Stage, changes
+from moe.epoch import Change, Epoch, Stage, changes, same_homes
 from moe.operation import ABORTED, DONE, RUNNING, Operation, Operations
 from moe.recovery import ExpertsLostError, Inventory, Restore, recovered
 from moe.roster import LEFT, Member, RefusedError, Roster, State
@@ -215,7 +215,7 @@ class Coordinator:
             return
         operation.state, operation.reason = RUNNING, ""
         members, plan, transfers = stages[0]
-        if members == self.epoch.members and not transfers:
+        if members == self.epoch.members and not transfers and same_homes(plan, self.epoch.plan):
             operation.close(DONE)
             return
         new = Epoch(number=self._next(), members=members, plan=plan)

@@ -143,6 +143,14 @@ def changes(
     return tuple(made)
 
 
+def same_homes(one: Plan | None, other: Plan | None) -> bool:
+    """Whether each rank has the same experts, in whatever slots."""
+    if one is None or other is None:
+        return one is other
+    held_L, theirs_L = ([p.held_RE for p in plan.placement_L] for plan in (one, other))
+    return all(np.array_equal(held_RE, theirs_RE) for held_RE, theirs_RE in zip(held_L, theirs_L, strict=True))
+
+
 def _require_room(target: Plan, members: Sequence[int], slots_R: Sequence[int]) -> None:
     if target.ranks != len(members):
         raise ValueError(f"the plan is for {target.ranks} ranks; {len(members)} members serve")

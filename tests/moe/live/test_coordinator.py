@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.coordinator import Coordinator
 from moe.course import Phase
+from moe.epoch import same_homes
 from moe.recovery import Inventory
 from moe.roster import FencedError, RefusedError
 from moe.view import status
+from placement import Placement, Plan
 from tests.moe.live.member import even
 from tests.moe.live.world import SimWorld
 
@@ -140,6 +143,24 @@ def test_a_change_is_finished_whenever_the_coordinator_ends_and_another_takes_it
             world.scale(1)
             calm(world)
             assert len(world.epoch.members) == 1
+
+
+def test_a_plan_is_carried_out_by_whichever_coordinator_and_asked_for_once() -> None:
+    """A rank of it is a member; where only copies are given up, nothing travels."""
+    copies = Plan(placement_L=(Placement(expert_RS=np.array([[0, 1, 2, 3], [3, 4, 5, 0]])),) * 2)
+    fewer = Plan(placement_L=(Placement(expert_RS=np.array([[0, 1, 2, -1], [3, 4, 5, -1]])),) * 2)
+    for crash in range(12):
+        world = SimWorld(2, reads=False)
+        for number, plan in enumerate((copies, fewer)):
+            world.coordinator.place(0.0, f"plan {number}", plan)
+            events = [("advance", 0), ("advance", 1), ("step", 0)] * 4
+            play(world, [*events[: crash + 1], ("crash", 0), ("step", 0), ("restart", 0)])
+            calm(world)
+            assert same_homes(world.epoch.plan, plan), (crash, number)
+            assert world.coordinator.place(0.0, f"plan {number}", plan)["state"] == "done"
+        assert world.retries == 0
+    with pytest.raises(RefusedError, match="the plan is for 3 ranks; 2 members serve"):
+        world.coordinator.place(0.0, "wide", even(6, 3))
 
 
 def founded(members: int) -> Coordinator:

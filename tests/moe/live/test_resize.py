@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from moe.epoch import same_homes
+from placement import Placement, Plan
 from tests.moe.live.service import Service
 
 
@@ -16,6 +19,11 @@ def test_a_service_grows_and_shrinks_and_every_answer_is_that_of_the_static_mode
         assert len(service.settle()["members"]) == 4
         service.scale(3)
         assert len(service.settle()["members"]) == 3
+        running = Plan.from_json(service.ask("plan")["plan"])
+        turned = tuple(Placement(expert_RS=np.roll(p.expert_RS, 1, axis=0)) for p in running.placement_L)
+        service.ask("place", op="turn", plan=Plan(placement_L=turned).to_json())
+        service.settle()
+        assert same_homes(Plan.from_json(service.ask("plan")["plan"]), Plan(placement_L=turned))
         service.join(2)
         service.scale(5)
         service.settle()
