@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe.batch import header, raise_alike
+from moe.batch import header, problem_of, raise_alike
 from moe.comm import Peers, exchange, gather_counts, gather_rows
 from moe.dispatch import upload
 from moe.guests import Nobody
@@ -113,8 +113,7 @@ def follow(
     to layer.
     """
     peers, placement = layer.peers, layer.placement
-    choice: Choice = layer.router(norm(x_TD))
-    expert_TK = _agreed(choice, rank_T, peers)
+    choice, expert_TK = _agreed(layer, norm(x_TD), rank_T)
     step = hop(expert_TK, rank_T, pinned_T, placement)
     layer._observe(choice, step.assignment(placement))
     present, tokens, visits_TR = _gone(x_TD, choice, step, peers)
@@ -165,27 +164,33 @@ def gather_context(
     return [every[place_T] for place_T in upload(place_LT, every.device)], traffic
 
 
-def _agreed(choice: Choice, rank_T: IntArray, peers: Peers) -> IntArray:
-    """What every token chose, on every rank: the one host synchronisation of a layer."""
-    if choice.top_k is None:
-        raise ValueError(
-            "following experts needs a router that gives every token the same number of them, as TopK does"
-        )
+def _agreed(layer: MoE, x_TD: Tensor, rank_T: IntArray) -> tuple[Choice, IntArray]:
+    """What the tokens here chose, and what every token did: the one host synchronisation of a layer. A rank that cannot
+    choose says so there, so that nobody waits for it."""
+    peers, top_k = layer.peers, layer.router.top_k
     mine = np.flatnonzero(rank_T == peers.rank)
-    told_TK = choice.expert_N.new_zeros(len(rank_T), choice.top_k)
-    problem = None
-    if choice.num_tokens == len(mine):
-        (mine_T,) = upload([mine], choice.expert_N.device)
+    told_TK = torch.zeros(len(rank_T), top_k, dtype=torch.int64, device=x_TD.device)
+    choice, problem = None, problem_of(x_TD, None, None, layer.config.dim, layer.experts.stack().up)
+    if problem is None and len(x_TD) != len(mine):
+        problem = f"{len(x_TD)} tokens came; rank_T says that {len(mine)} of {len(rank_T)} are here"
+    if problem is None:
+        try:
+            choice = layer.router(x_TD)
+            if choice.top_k != top_k:
+                choice, problem = None, "following experts needs a router that gives every token top_k of them, as TopK"
+        except ValueError as refusal:  # of a selector that wants to know more
+            problem = str(refusal)
+    if choice is not None:
+        (mine_T,) = upload([mine], x_TD.device)
         told_TK[mine_T] = choice.expert_TK
-    else:
-        problem = f"{choice.num_tokens} tokens came; rank_T says that {len(mine)} of {len(rank_T)} are here"
-    flags_F = header(None if problem else choice, None, False, choice.price_E)[choice.num_experts :]
+    flags_F = header(choice, None, False, layer.router.price_E)[layer.config.num_experts :]
     table = gather_counts(torch.cat([told_TK.reshape(-1), flags_F]), peers)
     raise_alike(table[:, told_TK.numel() :], problem, peers.rank)
+    assert choice is not None
     expert_TK: IntArray = table[:, : told_TK.numel()].sum(axis=0).reshape(told_TK.shape)
     if len(expert_TK) and expert_TK.min() < 0:
         raise ValueError("following experts needs a router that drops no rows; build the model with drop=Dropless()")
-    return expert_TK
+    return choice, expert_TK
 
 
 def _gone(x_TD: Tensor, choice: Choice, step: Hop, peers: Peers) -> tuple[tuple[Tensor, Tensor], IntArray, BoolArray]:

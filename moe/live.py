@@ -105,14 +105,15 @@ class Live:
                 if self.epoch is None and not self.serves():
                     raise ReleasedError(f"member {self.member} was released before its step was done")
                 result = step()
-            except PeersLostError:
+            except PeersLostError as error:
                 if tries >= self.terms.tries or self.optimizer is not None:
                     raise
-                self.retries += 1
-                self._recover(self._number)
+                error.forget()
             else:
                 self._after()
                 return result
+            self.retries += 1
+            self._recover(self._number)  # now that the error is gone, which held the group
 
     def close(self) -> None:
         """Leave, and let go of everything. Of a member that serves this is a failure to the others: drain it first."""
@@ -120,10 +121,8 @@ class Live:
             if task is not None:
                 task.abandon()
                 task.join(2 * self.terms.timeout)
-        self._staging = self._trimming = self._old = None
-        self.peers = OUTSIDE
-        for layer in self.stock.layers:
-            layer.peers = OUTSIDE
+        self._staging = self._trimming = None
+        self._let_go()
         self.membership.close()
 
     def _view(self) -> View:
@@ -268,14 +267,13 @@ class Live:
                 self._salvage.rows = {}
                 self.stock.drop()
                 return
+            restores = [Restore(**fields) for fields in view["restores"]]
             try:
-                peers = self._met(epoch)
-                self._salvage.restore(
-                    self.stock, epoch, self.member, [Restore(**fields) for fields in view["restores"]]
-                )
+                self.peers = self._met(epoch)
+                self._salvage.restore(self.stock, epoch, self.member, restores)
             except PeersLostError:
                 continue
-            self._enter(epoch, peers)
+            self._enter(epoch, self.peers)
             self.recoveries.append(Recovery(noticed, resolved, time.monotonic()))
             return
 
@@ -285,6 +283,7 @@ class Live:
         if self._trimming is not None:
             self._trimming.abandon()
             self._trimming = None
+        self.peers.give_up()
         self._old, self.peers = None, OUTSIDE
         for layer in self.stock.layers:
             layer.peers = OUTSIDE

@@ -110,7 +110,9 @@ def statistics(model: nn.Module) -> list[str]:
 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of the numbers, in order."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    tensor = tensor.detach().cpu().contiguous()
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # one number may have any stride and be contiguous
+    return zlib.crc32(flat.view(torch.uint8).numpy().data)
 
 
 def _is_stat(name: str) -> bool:

@@ -164,10 +164,11 @@ def _distrust(path: Path) -> str | None:
 _HERE = Path(__file__).parent
 DECIDERS = Library(
     name="deciders",
-    sources=(_HERE / "least_loaded.cpp", _HERE / "dual.cpp"),
+    sources=(_HERE / "least_loaded.cpp", _HERE / "waterfill.cpp", _HERE / "dual.cpp"),
     functions={
         "evenmoe_least_loaded": "pnnpppnddp",
         "evenmoe_unlawful": "ppnn",
+        "evenmoe_level": "pnnppn",
         "evenmoe_token_ends": "ppnnnppn",
         "evenmoe_expert_ends": "ppnnndppn",
     },

@@ -16,6 +16,7 @@ from placement import Placement
 from routing.assigner import at_home
 from routing.assignment import Assignment
 from routing.copies import Copies, copies_of, require_nodes
+from routing.native import DECIDERS, address
 
 Lists = tuple[tuple[int, ...], ...]
 
@@ -45,14 +46,13 @@ class Waterfill:
         alone_E = load_E.copy()
         alone_E[copies.expert_M] = 0
         alone_R = np.bincount(placement.home_E, alone_E, minlength=ranks).astype(np.int64)
-        load_R = (alone_R + np.bincount(copies.rank_C, nearest_C, minlength=ranks).astype(np.int64)).tolist()
-        bound = max(-(-sum(load_R) // ranks), _bound(copies, alone_R, load_E))
-        level = _Level(links, nearest_C.tolist(), load_R, bound)
-        if level.lower() > bound:
+        load_R = alone_R + np.bincount(copies.rank_C, nearest_C, minlength=ranks).astype(np.int64)
+        bound = max(-(-int(load_R.sum()) // ranks), _bound(copies, alone_R, load_E))
+        rows_C, peak = _lowered(links, nearest_C, load_R, bound)
+        if peak > bound:
             # Rows have moved for the sake of a peak that cannot be had; fewer need to move for the one that can.
-            level = _Level(links, nearest_C.tolist(), load_R, level.peak)
-            level.lower()
-        return copies.assigned(count_RE, load_E, placement, level.rows_C)
+            rows_C, _ = _lowered(links, nearest_C, load_R, peak)
+        return copies.assigned(count_RE, load_E, placement, rows_C)
 
 
 def _bound(copies: Copies, alone_R: NDArray[np.int64], load_E: NDArray[np.int64]) -> int:
@@ -66,7 +66,7 @@ class _Links:
     """Plain lists, for at these sizes numpy's call overhead would dominate.
 
     copies_R: the copies on each rank. rank_C: the rank of each copy. near_C, far_C, other_C: the other copies of its
-    expert on its node, elsewhere, and both.
+    expert on its node, elsewhere, and both. flat: all of it as the compiled path reads it, tables and where they begin.
     """
 
     copies_R: Lists
@@ -74,6 +74,7 @@ class _Links:
     near_C: Lists
     far_C: Lists
     other_C: Lists
+    flat: NDArray[np.int64]
 
 
 @lru_cache(maxsize=1024)
@@ -82,12 +83,18 @@ def _links_of(placement: Placement, node_R: tuple[int, ...]) -> _Links:
     near_CC = (copies.group_C[:, None] == copies.group_C) & ~np.eye(len(copies.group_C), dtype=np.bool_)
     far_CC = (copies.many_C[:, None] == copies.many_C) & (copies.group_C[:, None] != copies.group_C)
     near_C, far_C = _listed(near_CC), _listed(far_CC)
+    other_C = tuple(near + far for near, far in zip(near_C, far_C))
+    copies_R = _listed(np.arange(placement.ranks)[:, None] == copies.rank_C)
+    start_R, start_C = (np.cumsum([0, *map(len, lists)]) for lists in (copies_R, other_C))
+    first_far_C = start_C[:-1] + list(map(len, near_C))
+    tables = (start_R, np.concatenate(copies_R), copies.rank_C, start_C, first_far_C, np.concatenate(other_C))
     return _Links(
-        copies_R=_listed(np.arange(placement.ranks)[:, None] == copies.rank_C),
+        copies_R=copies_R,
         rank_C=tuple(copies.rank_C.tolist()),
         near_C=near_C,
         far_C=far_C,
-        other_C=tuple(near + far for near, far in zip(near_C, far_C)),
+        other_C=other_C,
+        flat=np.concatenate(tables).astype(np.int64),
     )
 
 
@@ -96,15 +103,27 @@ def _listed(table: NDArray[np.bool_]) -> Lists:
     return tuple(tuple(np.flatnonzero(row).tolist()) for row in table)
 
 
+def _lowered(
+    links: _Links, rows_C: NDArray[np.int64], load_R: NDArray[np.int64], peak: int
+) -> tuple[list[int] | NDArray[np.int64], int]:
+    """Rows of each copy with no rank above the peak, or above the least that there is. -> rows, that peak"""
+    room_R = peak - load_R
+    if (library := DECIDERS.load()) is None:
+        level = _Level(links, rows_C.tolist(), room_R.tolist(), peak)
+        return level.rows_C, level.lower()
+    rows_C = rows_C.copy()
+    places = address(links.flat), len(room_R), len(rows_C), address(rows_C), address(room_R)
+    return rows_C, int(library.evenmoe_level(*places, peak))
+
+
 class _Level:
     """Rows that move between copies until no rank is above the peak.
 
     rows_C: rows of each copy. room_R: rows that a rank can still take, negative where it has too many.
     """
 
-    def __init__(self, links: _Links, rows_C: list[int], load_R: list[int], peak: int) -> None:
-        self.links, self.rows_C, self.peak = links, rows_C, peak
-        self.room_R = [peak - load for load in load_R]
+    def __init__(self, links: _Links, rows_C: list[int], room_R: list[int], peak: int) -> None:
+        self.links, self.rows_C, self.room_R, self.peak = links, rows_C, room_R, peak
 
     def lower(self) -> int:
         """-> the peak, raised to the least there is if the one aimed at cannot be had.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import socket
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Self, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,13 @@ Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Peers | None"
 class PeersLostError(RuntimeError):
     """A collective failed: another rank died, hangs or cannot be reached."""
 
+    def forget(self) -> None:
+        """Drop what the frames it came through hold: messages under way hold their group, and keep it open."""
+        error: BaseException | None = self
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+
 
 class Everyone(Enum):
     """All ranks of the default process group, or this process alone where there is none."""
@@ -35,7 +42,6 @@ class Everyone(Enum):
 EVERYONE = Everyone.EVERYONE
 
 
-@dataclass(frozen=True, eq=False)
 class Peers:
     """A process group and this process's place in it. No group means this process alone, and no collectives.
 
@@ -43,16 +49,26 @@ class Peers:
     and go, what they tell each other in every step besides the counts.
     """
 
-    group: dist.ProcessGroup | None
-    rank: int
-    size: int
-    ballot: Ballot | None = None
+    def __init__(self, group: dist.ProcessGroup | None, rank: int, size: int, ballot: Ballot | None = None) -> None:
+        self.rank, self.size, self.ballot = rank, size, ballot
+        self._group, self._given_up = group, False
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        if self._given_up:
+            raise PeersLostError(f"this group of {self.size} ranks was given up; its layers and their graphs are over")
+        return self._group
+
+    def give_up(self) -> None:
+        """Let go of the group, whoever still holds this object (an old graph, say): a group that nobody refers to
+        closes its connections, and ranks that wait for this one hear of it."""
+        self._group, self._given_up = None, True
 
     @classmethod
-    def of(cls, group: Group | Everyone) -> Self:
+    def of(cls, group: Group | Everyone) -> Peers:
         """group: a process group, a one-dimensional DeviceMesh, EVERYONE, None for this process alone, or peers."""
         if isinstance(group, Peers):
-            return cls(group.group, group.rank, group.size, group.ballot)
+            return group
         if isinstance(group, Everyone):
             group = dist.group.WORLD if dist.is_initialized() else None
         if group is None:
@@ -66,7 +82,7 @@ class Peers:
             raise ValueError(f"rank {dist.get_rank()} is not in the group it was given; give each rank its own group")
         return cls(group=group, rank=rank, size=dist.get_world_size(group))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Peers:
         return self
 
 
@@ -77,6 +93,10 @@ def reaching_peers() -> Iterator[None]:
         yield
     except (dist.DistError, RuntimeError) as error:
         raise PeersLostError(str(error)) from error
+    except ValueError as error:  # torch's log of the failure does not know groups that are registered nowhere
+        if not isinstance(error.__context__, RuntimeError):
+            raise
+        raise PeersLostError(str(error.__context__)) from error
 
 
 def gather_counts(count_E: Tensor, peers: Peers) -> NDArray[np.int64]:

@@ -159,9 +159,9 @@ def _gathered() -> bool:
     return torch.equal(torch.stack(every), row_LTD)
 
 
-@pytest.mark.parametrize("case", ["nan", "count"])
+@pytest.mark.parametrize("case", ["nan", "count", "type", "select"])
 def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(world: Worlds, case: str) -> None:
-    wanted = {"nan": "NaN or Inf in the router's logits: [1] tokens on ranks [1]", "count": "bad input on rank 1"}[case]
+    wanted = "NaN or Inf in the router's logits: [1] tokens on ranks [1]" if case == "nan" else "bad input on rank 1"
     for error in world(2).run(_refused, case):
         assert wanted in error
 
@@ -173,11 +173,19 @@ def _refused(case: str) -> str:
     x_TD = torch.zeros(3 + (case == "count" and peers.rank == 1), 6).double()
     if case == "nan" and peers.rank == 1:
         x_TD[2, 0] = torch.nan
+    if case == "type" and peers.rank == 1:
+        x_TD = x_TD.float()
+    if case == "select" and peers.rank == 1:
+        layer.router.select = _cannot
     try:
         follow(layer, x_TD, rank_T, rank_T < 0, lambda x: x)
     except ValueError as error:
         return str(error)
     return ""
+
+
+def _cannot(*_: object) -> None:
+    raise ValueError("it wants to know more")
 
 
 @pytest.mark.fast

@@ -18,6 +18,7 @@ from moe import MoE, MoEConfig, checkpoint, export_safetensors, import_safetenso
 from moe.conversion import DeepSpeed, HuggingFace, Layout, Megatron, Ours, convert, detect, verify
 from moe.conversion.cli import app
 from moe.conversion.mapped import create_safetensors, map_safetensors
+from moe.named import checksum
 
 pytestmark = pytest.mark.fast
 Tensors = dict[str, Tensor]
@@ -306,3 +307,10 @@ def test_a_damaged_file_is_one_clear_error(tmp_path: Path) -> None:
         path.write_bytes(b"nothing of the kind")
         with pytest.raises(ValueError, match="torch does not read it"):
             detect(tmp_path / host, host)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 4), (0, 2), ()], ids=str)
+def test_a_checksum_is_of_the_numbers_and_not_of_how_they_lie_in_memory(shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(6, 7)[tuple(slice(size) for size in shape)] if shape else torch.tensor(3.0)
+    for view in (tensor, tensor.t() if shape else tensor):
+        assert checksum(view) == checksum(view.clone(memory_format=torch.contiguous_format))

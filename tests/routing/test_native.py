@@ -24,9 +24,10 @@ from routing import (
     LeastLoaded,
     Library,
     Quantile,
+    Waterfill,
     python_only,
 )
-from tests.routing.batches import LAW, Batch, batches, crumbs, zipf
+from tests.routing.batches import LAW, Batch, batches, copied_batches, crumbs, zipf
 from tests.routing.scored import NO_STEPS, popular
 
 pytestmark = pytest.mark.fast
@@ -70,6 +71,16 @@ def test_both_paths_make_the_same_plan_of_batches_as_they_are(num_experts: int, 
             decided = planner(count_RE, placement)
             with python_only():
                 assert np.array_equal(decided.quota_RE, planner(count_RE, placement).quota_RE)
+
+
+@pytest.mark.usefixtures("compiled")
+@settings(LAW, max_examples=300)
+@given(copied_batches())
+def test_both_paths_of_waterfill_give_every_copy_the_same_rows(drawn: tuple[Batch, tuple[int, ...]]) -> None:
+    batch, node_R = drawn
+    decided = Waterfill(node_R=node_R)(*batch)
+    with python_only():
+        assert np.array_equal(decided.quota_RE, Waterfill(node_R=node_R)(*batch).quota_RE)
 
 
 @pytest.mark.usefixtures("compiled")

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moe.comm import Lending, Peers, exchange, gather_counts, visitors
 from moe.dispatch import Dispatch
@@ -93,11 +94,13 @@ class EvenDispatcher(MoETokenDispatcher):  # type: ignore[misc]
 
     def _decide(self) -> _Step:
         choice = self._choice
-        assignment = self.assigner(gather_counts(choice.load_E, self.peers), self.placement)
-        loans = assignment.loans(self.placement)
-        active = [*self.own, *visitors(loans, self.peers.rank)]
+        with _disable_current_modes():  # selective checkpointing must not save what a replay will not run again
+            assignment = self.assigner(gather_counts(choice.load_E, self.peers), self.placement)
+            loans = assignment.loans(self.placement)
+            active = [*self.own, *visitors(loans, self.peers.rank)]
+            dispatch = Dispatch.of(choice, assignment, active, self.peers)
         rows = Rows(choice.token_N, choice.expert_N, choice.top_k, choice.wanted_N)
-        return _Step(rows, assignment, loans, Dispatch.of(choice, assignment, active, self.peers))
+        return _Step(rows, assignment, loans, dispatch)
 
 
 class VisitedExperts(SequentialMLP):  # type: ignore[misc]

@@ -24,6 +24,7 @@ from moe.comm.serve import Server
 from moe.comm.standby import store_server
 from moe.comm.store import write_tensors
 from moe.coordinator import Coordinator
+from moe.outside import OUTSIDE
 from moe.roster import RefusedError
 from tests.moe.live.member import even
 
@@ -113,6 +114,7 @@ def test_training_does_not_go_on_with_experts_of_another_step(monkeypatch: pytes
     live: Any = object.__new__(Live)
     live.member, live.optimizer, live.terms, live.membership = 1, SGD([torch.zeros(1)]), Terms(), None
     live._staging = live._trimming = None
+    live.peers = OUTSIDE
     live.stock, live._salvage = SimpleNamespace(layers=[]), SimpleNamespace(inventory=lambda stock: None)
     with pytest.raises(PeersLostError, match="start again from a checkpoint"):
         live._recover(1)
