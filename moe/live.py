@@ -22,10 +22,10 @@ import torch
 
 from moe.backup import mirror
 from moe.boundary import cross
-from moe.comm import Ballot, CoordinatorLostError, Meeting, Membership, Peers, PeersLostError, View
+from moe.comm import Ballot, CoordinatorLostError, Meeting, Peers, PeersLostError, View
 from moe.course import Phase
 from moe.epoch import Change, Epoch
-from moe.outside import OUTSIDE, Build, built, elsewhere
+from moe.outside import OUTSIDE, Build, ReleasedError, built, elsewhere
 from moe.recovery import ExpertsLostError, Restore
 from moe.salvage import Recovery, Salvage
 from moe.staging import Staging, Trimming, in_background, later
@@ -37,23 +37,20 @@ from placement import Plan
 T = TypeVar("T")
 
 
-class ReleasedError(RuntimeError):
-    """A member that stood by is not wanted any more."""
-
-
 class Live:
     """member: its number. epoch: None where it does not serve. retries: steps done again. model: what build made."""
 
     def __init__(self, address: str | os.PathLike[str], build: Build, terms: Terms, plan: Plan | None) -> None:
         self.terms = terms
-        self.membership = Membership(
-            address,
-            plan=None if plan is None else plan.to_json(),
-            slots=terms.slots,
-            portion=terms.portion,
-            beat=terms.beat,
-            timeout=terms.patience,
-        )
+        self.membership = terms.membership(address, plan)
+        try:
+            self._begin(build, plan)
+        except BaseException:
+            self.membership.close()  # else it goes on telling that this member lives
+            raise
+
+    def _begin(self, build: Build, plan: Plan | None) -> None:
+        terms = self.terms
         epoch = Epoch.read(self.membership.wait(lambda view: view["epoch"] is not None, terms.patience)["epoch"])
         assert epoch.plan is not None
         self.member = self.membership.number
@@ -152,12 +149,15 @@ class Live:
             if task is not None:
                 task.handover.take(self.stock)
         if self._trimming is not None and self._trimming.done:
+            if self._trimming.keep is not None:
+                self._salvage.drop_all_but(self._trimming.keep)
+                self.membership.backed = self._trimming.epoch.number
             self._trimming = None
         fields = view["change"]
         number = 0 if fields is None else fields["new"]["number"]
         if self._staging is not None and self._staging.number != number:
             self._abandon()
-            self._trim()
+            self._trim(anew=False)
         if number > self._handled and self._staging is None and self._trimming is None:
             change = Change.read(fields)
             if self.member in change.union:
@@ -174,6 +174,7 @@ class Live:
         """A step is done: all members were in one epoch."""
         self.steps += 1
         self.membership.steps = self.steps
+        self._salvage.rows = {}  # all who serve hold what they are to: nobody needs what came for a change called off
         if self._fresh:
             self._fresh = False
             self.terms.at(Phase.FREE)
@@ -208,22 +209,22 @@ class Live:
             layer.resettle(placement, peers)
         self.epoch, self.peers, self._fresh = epoch, peers, True
 
-    def _trim(self) -> None:
-        """Nothing more than the table puts here; and backups, as far as they are wanted."""
+    def _trim(self, *, anew: bool = True) -> None:
+        """Nothing more than the table puts here. anew: the epoch has just begun; it gets backups if they are wanted."""
         if (epoch := self.epoch) is None:
             self.stock.drop()
+            self._salvage.rows = {}
             return
         hosts = {int(m): told["process"].get("host", "") for m, told in self._view()["living"].items()}
-        keeper_of = self.terms.backup(epoch.members, hosts)
+        keeper_of = self.terms.backup(epoch.members, hosts) if anew else {}
         extra = any(epoch.experts_of(self.member, layer) != held for layer, held in enumerate(self.stock.held_L))
         if extra or keeper_of:
-            then = partial(self._back_up, epoch, keeper_of) if keeper_of else lambda: None
+            then = partial(self._mirror, epoch, keeper_of) if keeper_of else lambda: None
             self._trimming = Trimming(epoch, self.member, self.stock, self.membership.wake, then)
 
-    def _back_up(self, epoch: Epoch, keeper_of: Mapping[int, int]) -> None:
+    def _mirror(self, epoch: Epoch, keeper_of: Mapping[int, int]) -> set[tuple[int, int]]:
         kept, meeting = self._salvage.kept, self._meeting()
-        mirror(epoch, self.member, keeper_of, self.stock, kept, meeting, self.terms.pace)
-        self.membership.backed = epoch.number
+        return mirror(epoch, self.member, keeper_of, self.stock, kept, meeting, self.terms.pace)
 
     def _staged(self, change: Change) -> Staging:
         number = change.new.number

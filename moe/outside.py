@@ -18,6 +18,10 @@ OUTSIDE = Peers(group=None, rank=1, size=2)
 OUTSIDE.give_up()
 
 
+class ReleasedError(RuntimeError):
+    """A member that stood by is not wanted any more."""
+
+
 @torch.inference_mode(False)
 def built(build: Build, group: Peers, plan: Plan) -> nn.Module:
     """Its weights will change, which those made for inference alone do not like."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,9 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moe.backup import Keepers, nobody
-from moe.comm import Pace
+from moe.comm import Membership, Pace
 from moe.salvage import Reader
 from moe.staging import Hook, unhindered
+from placement import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,3 +45,14 @@ class Terms:
     portion: int = 0
     tries: int = 5
     at: Hook = unhindered
+
+    def membership(self, address: str | os.PathLike[str], plan: Plan | None) -> Membership:
+        """A line to the coordinator. plan: of a founder."""
+        return Membership(
+            address,
+            plan=None if plan is None else plan.to_json(),
+            slots=self.slots,
+            portion=self.portion,
+            beat=self.beat,
+            timeout=self.patience,
+        )
