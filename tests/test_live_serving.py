@@ -51,7 +51,13 @@ def test_every_way_gives_one_process_s_answers_and_only_those_that_replan_move_e
     require_equal_answers(runs, truth)
     moves = {name: own[0].moves for name, own in runs.items()}
     assert moves["replanning without advice"] > 0
-    assert moves["nothing"] == moves["a static plan"] == moves["least-loaded rerouting"] == 0
+    assert (
+        moves["nothing"]
+        == moves["a static plan"]
+        == moves["least-loaded rerouting"]
+        == moves["rerouting where it pays"]
+        == 0
+    )
     assert moves["replanning without advice"] >= moves["replanning with advice"]
     assert runs["nothing"][0].peak == runs["nothing again"][0].peak
     runs["both"][0].answers[3] += b"!"

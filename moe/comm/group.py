@@ -61,8 +61,8 @@ class Peers:
 
     def give_up(self) -> None:
         """Let go of the group, whoever still holds this object (an old graph, say): a group that nobody refers to
-        closes its connections, and ranks that wait for this one hear of it."""
-        self._group, self._given_up = None, True
+        closes its connections, and ranks that wait for this one hear of it. Without a group there is nothing to do."""
+        self._group, self._given_up = None, self._given_up or self._group is not None
 
     @classmethod
     def of(cls, group: Group | Everyone) -> Peers:

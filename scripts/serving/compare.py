@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from moe import Recorder, World
 from moe.comm import Peers, world_group
 from placement import Advice, LoadTrace, Plan, advise
-from routing import LeastLoaded
+from routing import BreakEven, LeastLoaded
 from scripts.generate import Between, Served
 from scripts.serving.engine import Answer, Engine, Ordinary, share_of
 from scripts.serving.loop import Steps, serve
@@ -29,6 +29,8 @@ from scripts.serving.weights import load_model
 
 FloatArray = NDArray[np.float64]
 NOTHING, AGAIN, WINDOW = "nothing", "nothing again", 10
+REROUTING = "least-loaded rerouting"
+WORTH = BreakEven.of(flops=4e10, bandwidth=1e9, bytes_per_weight=8)  # about one core and loopback, in float64
 CLOCKS = ("alone", "shared")
 
 
@@ -98,7 +100,8 @@ def ways(base: Served, plan: Plan, replan_every: int) -> dict[str, Served]:
         "a static plan": replace(base, plan=plan),
         "replanning without advice": replace(replanned, judge=unquestioned),
         "replanning with advice": replanned,
-        "least-loaded rerouting": replace(base, assigner=LeastLoaded()),
+        REROUTING: replace(base, assigner=LeastLoaded()),
+        "rerouting where it pays": replace(base, assigner=LeastLoaded(worth=WORTH)),
         "both": replace(replanned, assigner=LeastLoaded()),
         AGAIN: base,
     }
