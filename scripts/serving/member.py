@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moe import Live, MoE, Terms
 from moe.comm import Peers, read_tensors, stored_tensors
-from moe.live import ReleasedError
+from moe.outside import ReleasedError
 from placement import Plan
 from routing import Assignment, Choice
 from scripts.model import Bytes
