@@ -1,6 +1,6 @@
 """Ranks that come, go and die, while a model serves: two members, a third that joins, one that is killed.
 
-python examples/11_live.py
+python examples/11_live.py          # with --hold it serves until somebody asks for `moe-elastic scale 0 --at ...`
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from multiprocessing.connection import Connection
 
@@ -53,27 +54,26 @@ def member(address: str, plan: Plan | None, pipe: Connection) -> None:
 def main() -> None:
     server = Server(Coordinator())
     server.start()
+    print(f"moe-elastic status --at {server.address}", flush=True)
     context, pipes, pids = multiprocessing.get_context("spawn"), {}, {}
-    for plans in ((PLAN, PLAN), (None,)):
-        started = []
-        for plan in plans:
-            ours, theirs = context.Pipe()
-            context.Process(target=member, args=(server.address, plan, theirs), daemon=True).start()
-            started.append(ours)
-        for pipe in started:
-            number, pid = pipe.recv()
-            pipes[number], pids[number] = pipe, pid
+    started = []
+    for plan in (PLAN, PLAN, None):
+        ours, theirs = context.Pipe()
+        context.Process(target=member, args=(server.address, plan, theirs), daemon=True).start()
+        started.append(ours)
+    for pipe in started:
+        number, pid = pipe.recv()
+        pipes[number], pids[number] = pipe, pid
     for count, doing in ((3, "one joined"), (2, "one was killed"), (0, "the service ended")):
         if doing == "one was killed":
             os.kill(pids.pop(3), signal.SIGKILL)
-        else:
+        elif count or "--hold" not in sys.argv:
             ask(server.address, "scale", op=doing, count=count)
         while (told := ask(server.address, "status"))["phase"] != "IDLE" or len(told["members"]) != count:
             time.sleep(0.05)
         print(f"{doing}: epoch {told['epoch']}, members {told['members']}")
     for number in pids:
-        steps, wrong, retries = pipes[number].recv()
-        print(f"member {number} did {steps} steps, {wrong} wrong answers, {retries} done again")
+        print("member {} did {} steps, {} wrong answers, {} done again".format(number, *pipes[number].recv()))
 
 
 if __name__ == "__main__":

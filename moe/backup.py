@@ -38,8 +38,13 @@ def other_host(members: Sequence[int], host_of: Mapping[int, str]) -> dict[int, 
 
 def mirror(
     epoch: Epoch, member: int, keeper_of: Mapping[int, int], stock: Stock, kept: Kept, meeting: Meeting, pace: Pace
-) -> None:
-    """All members call. kept: what this one keeps of others, by layer and expert; it is brought up to date."""
+) -> set[tuple[int, int]]:
+    """All members call. kept: what this one keeps of others, by layer and expert; what it lacks is added.
+    -> what it is to keep
+
+    The rest is not dropped here: this is a thread, perhaps of an epoch that has broken by now, and what it would drop
+    may be what the survivors have just been told to restore.
+    """
     peers = meeting.meet(f"backup-{epoch.number}", epoch.rank_of(member), len(epoch.members))
     mine: set[tuple[int, int]] = set()
     for ward in epoch.members:  # one after the other, so that nobody waits in a circle
@@ -55,8 +60,7 @@ def mirror(
         elif member == keeper:
             mine |= set(alone)
             _fetch(alone, epoch.rank_of(ward), stock, kept, peers, pace)
-    for cell in kept.keys() - mine:
-        del kept[cell]
+    return mine
 
 
 def _fetch(alone: Sequence[tuple[int, int]], rank: int, stock: Stock, kept: Kept, peers: Peers, pace: Pace) -> None:

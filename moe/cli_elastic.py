@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe.comm import Server, ask
+from moe.comm import Server, ask, located
 from moe.coordinator import Coordinator
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -30,15 +30,23 @@ Json = Annotated[bool, typer.Option("--json", help="One line of JSON.")]
 @app.command()
 def serve(
     *,
-    bind: Annotated[str, typer.Option(help="Where to listen; of a trusted network, as all may ask.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 for any free one.")] = 0,
+    bind: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 for that in --file, if it is there, else for any free one.")] = 0,
     file: Annotated[Path | None, typer.Option(help="Where to write the address, for members to find.")] = None,
+    open_to_all: Annotated[bool, typer.Option("--open", help="Where others can reach it, without a secret.")] = False,
     lease: Annotated[float, typer.Option(help="Seconds of silence after which a member is dead.")] = 5.0,
     report: Annotated[float, typer.Option(help="Seconds beyond a lease until a survivor must have noticed.")] = 60.0,
 ) -> None:
-    """The coordinator: outside of all workers, so that any of them may die. It ends when it is killed."""
+    """The coordinator: outside of all workers, so that any of them may die. It ends when it is killed.
+
+    Started anew where it was, it goes on with the members that run. EVENMOE_SECRET, if it is set, must be the same for
+    members and operators.
+    """
     with _errors_in_one_line():
-        server = Server(Coordinator(lease=lease, report=report), bind=bind, port=port)
+        if file is not None and file.exists():
+            port = port or located(file)[1]
+        coordinator = Coordinator(lease=lease, report=report)
+        server = Server(coordinator, bind=bind, port=port, open_to_all=open_to_all)
         if file is not None:
             server.save_address(file)
     typer.echo(server.address)
@@ -78,6 +86,27 @@ def drain(
     """These members go, once others have their experts."""
     with _errors_in_one_line():
         _follow(partial(ask, at, "drain", op=op or _any_name(), members=members), wait, as_json)
+
+
+@app.command()
+def plan(*, at: At, output: Annotated[Path, typer.Option("-o", "--output", help="Where to write it.")]) -> None:
+    """Where experts live, as a plan for moe-place; its ranks are the members that status lists, in their order."""
+    with _errors_in_one_line():
+        output.write_text(ask(at, "plan")["plan"])
+
+
+@app.command()
+def place(
+    file: Annotated[Path, typer.Argument(help="A plan, as moe-place makes it, for as many ranks as members.")],
+    *,
+    at: At,
+    op: Op = "",
+    wait: Wait = 0.0,
+    as_json: Json = False,
+) -> None:
+    """The same members, and their experts where the plan has them."""
+    with _errors_in_one_line():
+        _follow(partial(ask, at, "place", op=op or _any_name(), plan=file.read_text()), wait, as_json)
 
 
 @app.command()

@@ -1,12 +1,6 @@
 """Coordinator: what is to change about who serves, and how far it is. No clock, no socket, no process: events come in
 with their time, `view` goes out to the members.
 
-    PREPARE  all that take part build the groups of the next epoch, in the background
-    COPY     experts travel, in the background; the old epoch serves
-    READY    everybody has everything: those who serve vote, a word in each step, and change over between two steps
-    FLIP     the first has changed over
-    FREE     a member has done a whole step in the new epoch, so all have changed over: what is left over may go
-
 A target is absolute ("4 members"), a request has a name: asked twice it is done once. One request at a time. A death
 before READY among those who come costs a request, never a step. A death among those who serve: every survivor reports
 what it has, and `recovered` says how they go on.
@@ -19,35 +13,35 @@ from itertools import zip_longest
 from typing import Any
 
 from moe.course import Course, Phase
-from moe.epoch import Change, Epoch, Transfer, changes
-from moe.operation import ABORTED, DONE, PENDING, RUNNING, Operation, Operations
+from moe.epoch import Change, Epoch, Stage, changes, same_homes
+from moe.operation import ABORTED, DONE, RUNNING, Operation, Operations
 from moe.recovery import ExpertsLostError, Inventory, Mark, Repair, Restore, common, recovered
-from moe.roster import Member, RefusedError, Roster, State
+from moe.roster import LEFT, Member, RefusedError, Roster, State
 from placement import Plan
 
 Process = Mapping[str, Any]
 NOWHERE: Process = {}
-Stage = tuple[tuple[int, ...], Plan | None, tuple[Transfer, ...]]
 
 
 class Coordinator:
     """lease: seconds of silence after which a member is dead. report: seconds beyond a lease that a survivor may take
-    to notice a death, at least the time-out of its collectives."""
+    to notice a death, at least the time-out of its collectives. service: a name for those it looks after, unlike any
+    other's. numbers: of epochs, the last given out. settling: who has yet to do a step in an epoch after a death.
 
-    def __init__(self, *, lease: float = 5.0, report: float = 60.0) -> None:
-        self.roster, self.report = Roster(lease), report
+    All it knows and anybody acts upon is in the view that members have: see moe.adoption."""
+
+    def __init__(self, *, lease: float = 5.0, report: float = 60.0, service: str = "") -> None:
+        self.roster, self.report, self.service = Roster(lease), report, service
         self.epoch: Epoch | None = None
         self.course: Course | None = None
-        self.version = 0
         self.operations = Operations()
-        self._stages: list[Stage] = []
         self.repair: Repair | None = None
         self.restores: tuple[Restore, ...] = ()
         self.mark: Mark | None = None
-        self._settling: set[int] = set()
-        self._founding: dict[int, Plan] = {}
-        self._numbers = self._portion = 0
+        self.settling: set[int] = set()
+        self.version = self.numbers = self.portion = 0
         self._byte_L: tuple[int, ...] = ()
+        self._founding: dict[int, Plan] = {}
         self.lost: dict[int, tuple[int, ...]] = {}
 
     def hello(
@@ -64,9 +58,9 @@ class Coordinator:
                 raise RefusedError(f"this plan is {plan.fingerprint[:12]}, another founder's {other.fingerprint[:12]}")
         if self.epoch is not None and not self.epoch.members:
             raise RefusedError("the service was scaled to nobody; start a new coordinator")
-        if self.roster.members and portion != self._portion:
-            raise RefusedError(f"portion={portion}, but earlier members have {self._portion}; all must move alike")
-        self._portion = portion
+        if self.roster.members and portion != self.portion:
+            raise RefusedError(f"portion={portion}, but earlier members have {self.portion}; all must move alike")
+        self.portion = portion
         member = self.roster.enter(now, slots, process)
         if plan is not None:
             self._founding[member.number] = plan
@@ -90,7 +84,7 @@ class Coordinator:
         """A member is done with a phase of the change to an epoch, or, with FREE, has done a step in one."""
         self.roster.hear(now, number)
         if self.epoch is not None and epoch == self.epoch.number and phase == Phase.FREE:
-            self._settling.discard(number)
+            self.settling.discard(number)
         if self.course is not None and epoch == self.course.change.new.number:
             self.course.hear(number, phase)
             if phase >= Phase.FLIP:
@@ -122,7 +116,7 @@ class Coordinator:
         """Who is released, or was never wanted, goes."""
         if self.roster.hear(now, number).state == State.SERVING:
             raise RefusedError(f"member {number} serves; drain it first")
-        self.gone(now, number, "left")
+        self.gone(now, number, LEFT)
 
     def gone(self, now: float, number: int, reason: str = "its process ended") -> None:
         """A process is known to have ended."""
@@ -143,10 +137,14 @@ class Coordinator:
     def scale(self, now: float, op: str, count: int) -> dict[str, Any]:
         if count < 0:
             raise RefusedError(f"cannot scale to {count} members; use a number >= 0")
-        return self._ask(now, op, {"scale": count})
+        return self._ask(op, {"scale": count})
 
     def drain(self, now: float, op: str, members: Sequence[int]) -> dict[str, Any]:
-        return self._ask(now, op, {"drain": sorted(set(members))})
+        return self._ask(op, {"drain": sorted(set(members))})
+
+    def place(self, now: float, op: str, plan: Plan) -> dict[str, Any]:
+        """The same members, and their experts as a plan has them: its ranks are the members in their order."""
+        return self._ask(op, {"place": plan.fingerprint}, plan)
 
     def cancel(self, now: float, op: str) -> dict[str, Any]:
         operation = self.operations.named(op)
@@ -157,7 +155,7 @@ class Coordinator:
             self._moved()
         return operation.fields()
 
-    def _ask(self, now: float, name: str, wanted: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, name: str, wanted: dict[str, Any], plan: Plan | None = None) -> dict[str, Any]:
         if (known := self.operations.repeated(name, wanted, self.phase.name)) is not None:
             return known.fields()
         if self.epoch is None:
@@ -166,25 +164,29 @@ class Coordinator:
             raise RefusedError(f"members {strangers} do not serve; those who do are {list(self.epoch.members)}")
         if wanted.get("drain") == sorted(self.epoch.members):
             raise RefusedError("nobody would be left; to end the service, scale to 0")
-        operation = Operation(name, wanted)
-        if (target := self._target(operation)) is not None:
-            self._way(target)  # what cannot be is refused before anything moves
+        operation = Operation(name, wanted, plan)
+        self._way(operation)  # what cannot be is refused before anything moves
         self.operations.add(operation)
         self._moved()
         return operation.fields()
 
-    def _target(self, operation: Operation) -> tuple[int, ...] | None:
+    def _way(self, operation: Operation) -> tuple[Stage, ...]:
+        """What is left to do, step by step; nothing as long as too few stand by, or nobody knows what experts weigh."""
         assert self.epoch is not None
-        target = operation.target(self.epoch.members, self.roster.numbers(State.STANDBY))
-        if target and self._portion and not min(self._byte_L, default=0):
-            operation.reason, target = "waits for a step, after which members know what an expert weighs", None
-        return target
-
-    def _way(self, members: tuple[int, ...]) -> list[Stage]:
+        members = operation.target(self.epoch.members, self.roster.numbers(State.STANDBY))
+        if members and self.portion and not min(self._byte_L, default=0):
+            operation.reason, members = "waits for a step, after which members know what an expert weighs", None
+        if members is None:
+            return ()
         assert self.epoch is not None
+        members = operation.target(self.epoch.members, self.roster.numbers(State.STANDBY))
+        if members is None:
+            return ()
         slots_of = {member.number: member.slots for member in self.roster.living()}
         try:
-            return list(changes(self.epoch, members, slots_of, portion=self._portion, byte_L=self._byte_L))
+            return changes(
+                self.epoch, members, slots_of, portion=self.portion, byte_L=self._byte_L, target=operation.plan
+            )
         except ValueError as error:
             raise RefusedError(str(error)) from None
 
@@ -195,24 +197,24 @@ class Coordinator:
         living = {member.number for member in self.roster.living()}
         if self.course is not None and self.repair is None and self.course.done(living):
             self._finish(self.course.change)
-        if self.course is None and self.repair is None and not self._settling and not self.lost:
+        if self.course is None and self.repair is None and not self.settling and not self.lost:
             self._start()
         self.version += 1
 
     def _start(self) -> None:
+        """The first of what is left to do: a target is absolute, so what has been done need not be remembered."""
         if (operation := self.operations.open) is None or self.epoch is None:
             return
-        if operation.state == PENDING:
-            if (target := self._target(operation)) is None:
-                return
-            try:
-                self._stages = self._way(target)
-            except RefusedError as error:  # it had to wait, and what came is not what was thought of
-                operation.close(ABORTED, str(error))
-                return
-            operation.state, operation.reason = RUNNING, ""
-        members, plan, transfers = self._stages.pop(0)
-        if members == self.epoch.members and not transfers:
+        try:
+            stages = self._way(operation)
+        except RefusedError as error:  # it had to wait, and what came is not what was thought of
+            operation.close(ABORTED, str(error))
+            return
+        if not stages:
+            return
+        operation.state, operation.reason = RUNNING, ""
+        members, plan, transfers = stages[0]
+        if members == self.epoch.members and not transfers and same_homes(plan, self.epoch.plan):
             operation.close(DONE)
             return
         new = Epoch(number=self._next(), members=members, plan=plan)
@@ -230,13 +232,11 @@ class Coordinator:
             for number in self.roster.numbers(State.STANDBY):
                 self.roster.members[number].state = State.RELEASED
         self.course = None
-        if not self._stages and self.operations.open is not None:
-            self.operations.open.close(DONE)
 
     def _abort(self, reason: str) -> None:
         if self.operations.open is not None:
             self.operations.open.close(ABORTED, reason)
-        self.course, self._stages = None, []
+        self.course = None
 
     def _die(self, now: float, member: Member, reason: str) -> None:
         if member.state == State.DEAD:
@@ -282,18 +282,18 @@ class Coordinator:
                 member.state = State.SERVING
             elif member.state == State.SERVING:  # it was to leave, or came after the step that all go back to
                 member.state = State.STANDBY if member.number in serving else State.RELEASED
-        self.epoch, self._settling = epoch, set(epoch.members)
+        self.epoch, self.settling = epoch, set(epoch.members)
         self._abort(reason)
 
     def _next(self) -> int:
-        self._numbers += 1
-        return self._numbers
+        self.numbers += 1
+        return self.numbers
 
     @property
     def phase(self) -> Phase:
         if self.lost:
             return Phase.LOST
-        if self.repair is not None or self._settling:
+        if self.repair is not None or self.settling:
             return Phase.RECOVER
         if self.course is not None:
             return self.course.phase

@@ -1,4 +1,11 @@
-"""Course: how far a change of epoch is, from what its members said."""
+"""Course: how far a change of epoch is, from what its members said.
+
+PREPARE  all that take part build the groups of the next epoch, in the background
+COPY     experts travel, in the background; the old epoch serves
+READY    everybody has everything: those who serve vote, a word in each step, and change over between two steps
+FLIP     the first has changed over
+FREE     a member has done a whole step in the new epoch, so all have changed over: what is left over may go
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,8 @@ from moe.epoch import Change
 
 
 class Phase(IntEnum):
-    """IDLE: nothing to do. WAIT: for members to stand by. RECOVER: after a death. LOST: experts are gone for good."""
+    """IDLE: nothing to do. WAIT: for members to stand by. RECOVER: after a death. LOST: experts are gone for good.
+    ADOPT: a coordinator that was started anew hears the members."""
 
     IDLE = 0
     WAIT = 1
@@ -20,6 +28,7 @@ class Phase(IntEnum):
     FREE = 6
     RECOVER = 7
     LOST = 8
+    ADOPT = 9
 
 
 class Course:

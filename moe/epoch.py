@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from placement import Migration, Placement, Plan, Topology, Wave, migrate
+from placement import Migration, Placement, Plan, Topology, Wave, as_given, migrate
 
 EMPTY = -1
 
@@ -96,6 +96,9 @@ class Change:
         return cls(old=Epoch.read(fields["old"]), new=Epoch.read(fields["new"]), transfer_N=transfers)
 
 
+Stage = tuple[tuple[int, ...], Plan | None, tuple[Transfer, ...]]
+
+
 def changes(
     epoch: Epoch,
     members: Sequence[int],
@@ -104,13 +107,15 @@ def changes(
     spare: int = 1,
     portion: int = 0,
     byte_L: Sequence[int] = (),
-) -> tuple[tuple[tuple[int, ...], Plan | None, tuple[Transfer, ...]], ...]:
+    target: Plan | None = None,
+) -> tuple[Stage, ...]:
     """The way from an epoch to other members, in the fewest moves: (members, plan, transfers) of each epoch on it.
 
     slots_of: the most experts of a layer that a member may hold; 0 for as many as there are. Who comes serves from the
     first of these epochs on, who goes until the last. Most often one is enough; more where a rank's memory, max(before,
     after) + spare experts of a layer, asks for waves, or where no more than `portion` bytes may move at once to or from
-    a rank; 0 for any number. byte_L: what an expert of each layer weighs, 1 where not given. Raises where the members
+    a rank; 0 for any number. byte_L: what an expert of each layer weighs, 1 where not given. target: where experts are
+    to live, a rank for each of the members, who stay the same; else they are spread evenly. Raises where the members
     have no room for the experts, or one weighs more than a portion.
     """
     if not members:
@@ -123,7 +128,12 @@ def changes(
     start = Plan(placement_L=tuple(_over(union, epoch, p) for p in epoch.plan.placement_L), layer_L=epoch.plan.layer_L)
     most = max(placement.num_experts for placement in start.placement_L)
     slots_R = tuple((slots_of.get(member) or most) * (member not in go) for member in union)
-    migration = migrate(start, Topology(slots_R=slots_R, ranks_per_node=len(union)), spare=spare, byte_L=byte_L)
+    if target is None:
+        topology = Topology(slots_R=slots_R, ranks_per_node=len(union))
+        migration = migrate(start, topology, spare=spare, byte_L=byte_L)
+    else:
+        _require_room(target, members, slots_R)
+        migration = migrate(start, target, spare=spare, naming=as_given, byte_L=byte_L)
     stages = [list(waves) for waves in migration.boundaries(portion)] if portion else _stages(migration)
     stages = stages or [[]]
     now, made = list(start.placement_L), []
@@ -134,6 +144,23 @@ def changes(
         rows = tuple(Placement(expert_RS=placement.expert_RS[: len(serving)]) for placement in now)
         made.append((serving, Plan(placement_L=rows, layer_L=start.layer_L), _transfers(stage, union)))
     return tuple(made)
+
+
+def same_homes(one: Plan | None, other: Plan | None) -> bool:
+    """Whether each rank has the same experts, in whatever slots."""
+    if one is None or other is None:
+        return one is other
+    held_L, theirs_L = ([p.held_RE for p in plan.placement_L] for plan in (one, other))
+    return all(np.array_equal(held_RE, theirs_RE) for held_RE, theirs_RE in zip(held_L, theirs_L, strict=True))
+
+
+def _require_room(target: Plan, members: Sequence[int], slots_R: Sequence[int]) -> None:
+    if target.ranks != len(members):
+        raise ValueError(f"the plan is for {target.ranks} ranks; {len(members)} members serve")
+    for rank, (member, slots) in enumerate(zip(members, slots_R)):
+        most = max(len(placement.experts_of(rank)) for placement in target.placement_L)
+        if most > slots:
+            raise ValueError(f"the plan puts {most} experts of a layer on member {member}, which has room for {slots}")
 
 
 def _over(union: Sequence[int], epoch: Epoch, placement: Placement) -> Placement:

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Self, TypeVar
 
 import torch
 
 from moe.backup import mirror
-from moe.comm import Ballot, CoordinatorLostError, Meeting, Membership, Peers, PeersLostError, View
+from moe.comm import Ballot, CoordinatorLostError, Peers, PeersLostError, View
 from moe.course import Phase
 from moe.epoch import Change, Epoch
 from moe.outside import OUTSIDE, Build, ReleasedError, built, elsewhere
@@ -42,17 +43,18 @@ class Live:
 
     def __init__(self, address: str | os.PathLike[str], build: Build, terms: Terms, plan: Plan | None) -> None:
         self.terms = terms
-        self.membership = Membership(
-            address,
-            plan=None if plan is None else plan.to_json(),
-            slots=terms.slots,
-            portion=terms.bytes_per_boundary,
-            beat=terms.beat,
-            timeout=terms.patience,
-        )
-        self.member = self.membership.number
+        self.membership = terms.membership(address, plan)
+        try:
+            self._begin(build, plan)
+        except BaseException:
+            self.membership.close()  # else it goes on telling that this member lives
+            raise
+
+    def _begin(self, build: Build, plan: Plan | None) -> None:
+        terms = self.terms
         epoch = Epoch.read(self.membership.wait(lambda view: view["epoch"] is not None, terms.patience)["epoch"])
         assert epoch.plan is not None
+        self.member = self.membership.number
         self.epoch = epoch if plan is not None and self.member in epoch.members else None
         self.steps = self.retries = self.bytes = 0
         self.recoveries: list[Recovery] = []
@@ -136,12 +138,13 @@ class Live:
 
     def _news(self, seen: View | None) -> View:
         """Another view than the one seen. Who does not serve may stand by for long."""
-        something_waits = lambda: self._staging is not None and self._staging.handover.waiting  # noqa: E731
         while True:
-            try:
-                return self.membership.wait(lambda view: view is not seen, 3600.0, something_waits)
-            except CoordinatorLostError:
-                continue
+            with suppress(CoordinatorLostError):
+                return self.membership.wait(
+                    lambda view: view is not seen,
+                    3600.0,
+                    lambda: bool(self._staging and self._staging.handover.waiting),
+                )
 
     @torch.inference_mode(False)
     def _heed(self, view: View) -> None:
@@ -154,12 +157,15 @@ class Live:
             if task is not None:
                 task.handover.take(self.stock)
         if self._trimming is not None and self._trimming.done:
+            if self._trimming.keep is not None:
+                self._salvage.drop_all_but(self._trimming.keep)
+                self.membership.backed = self._trimming.epoch.number
             self._trimming = None
         fields = view["change"]
         number = 0 if fields is None else fields["new"]["number"]
         if self._staging is not None and self._staging.number != number:
             self._abandon()
-            self._trim()
+            self._trim(anew=False)
         if number > self._handled and self._staging is None and self._trimming is None:
             change = Change.read(fields)
             if self.member in change.union:
@@ -176,6 +182,7 @@ class Live:
         """A step is done: all members were in one epoch."""
         self.steps += 1
         self.membership.steps = self.steps
+        self._salvage.rows = {}  # all who serve hold what they are to: nobody needs what came for a change called off
         if self._fresh:
             self._fresh = False
             self.terms.at(Phase.FREE)
@@ -210,24 +217,21 @@ class Live:
             layer.resettle(placement, peers)
         self.epoch, self.peers, self._fresh = epoch, peers, True
 
-    def _trim(self) -> None:
-        """Nothing more than the table puts here; and backups, as far as they are wanted."""
+    def _trim(self, *, anew: bool = True) -> None:
+        """Nothing more than the table puts here. anew: the epoch has just begun; it gets backups if they are wanted."""
         if self._training is not None:
             return
         if (epoch := self.epoch) is None:
             self.stock.drop()
+            self._salvage.rows = {}
             return
-        hosts = {int(number): host for number, host in self._view()["hosts"].items()}
-        keeper_of = self.terms.backup(epoch.members, hosts)
+        keeper_of = self.terms.backup(epoch.members, self.membership.host_of) if anew else {}
         extra = any(epoch.experts_of(self.member, layer) != held for layer, held in enumerate(self.stock.held_L))
         if extra or keeper_of:
-            then = partial(self._back_up, epoch, keeper_of) if keeper_of else lambda: None
-            self._trimming = Trimming(epoch, self.member, self.stock, self.membership.wake, then)
-
-    def _back_up(self, epoch: Epoch, keeper_of: Mapping[int, int]) -> None:
-        kept, meeting = self._salvage.kept, self._meeting()
-        mirror(epoch, self.member, keeper_of, self.stock, kept, meeting, self.terms.pace)
-        self.membership.backed = epoch.number
+            kept, meeting, pace = self._salvage.kept, self.terms.meeting(self.membership), self.terms.pace
+            then = partial(mirror, epoch, self.member, keeper_of, self.stock, kept, meeting, pace)
+            wake = self.membership.wake
+            self._trimming = Trimming(epoch, self.member, self.stock, wake, then if keeper_of else lambda: None)
 
     def _staged(self, change: Change) -> Staging:
         number = change.new.number
@@ -236,7 +240,7 @@ class Live:
             self.member,
             self.stock,
             self.model,
-            meeting=self._meeting(),
+            meeting=self.terms.meeting(self.membership),
             pace=self.terms.pace,
             tell=lambda phase: self.membership.tell("reached", epoch=number, phase=int(phase)),
             failed=lambda reason: self.membership.tell("failed", epoch=number, reason=reason),
@@ -289,11 +293,6 @@ class Live:
         for layer in self.stock.layers:
             layer.peers = OUTSIDE
 
-    def _meeting(self) -> Meeting:
-        line, terms = self.membership, self.terms
-        store = (line.there, int(self._view()["store"]))
-        return Meeting(store=store, here=line.here, device=terms.device, timeout=terms.timeout)
-
     def _met(self, epoch: Epoch) -> Peers:
         rank, number = epoch.rank_of(self.member), epoch.number
-        return self._meeting().meet(f"epoch-{number}", rank, len(epoch.members), Ballot(number))
+        return self.terms.meeting(self.membership).meet(f"epoch-{number}", rank, len(epoch.members), Ballot(number))

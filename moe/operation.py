@@ -4,20 +4,23 @@ once; one at a time."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 from moe.roster import RefusedError
+from placement import Plan
 
 PENDING, RUNNING, DONE, ABORTED = "pending", "running", "done", "aborted"
 
 
 @dataclass
 class Operation:
-    """name: the caller's. wanted: what was asked for, as it was asked: {"scale": 4} or {"drain": [2]}."""
+    """name: the caller's. wanted: what was asked for, as it was asked: {"scale": 4}, {"drain": [2]} or {"place": the
+    plan's fingerprint}. plan: where experts are to live, if that was asked for."""
 
     name: str
     wanted: Mapping[str, Any]
+    plan: Plan | None = None
     state: str = PENDING
     reason: str = ""
 
@@ -31,6 +34,8 @@ class Operation:
 
     def target(self, serving: tuple[int, ...], standby: list[int]) -> tuple[int, ...] | None:
         """Who is to serve; None as long as too few stand by. Who has served longest stays."""
+        if "place" in self.wanted:
+            return serving
         if "drain" in self.wanted:
             return tuple(member for member in serving if member not in self.wanted["drain"])
         more = self.wanted["scale"] - len(serving)
@@ -42,9 +47,22 @@ class Operation:
     def fields(self) -> dict[str, Any]:
         return {"op": self.name, **self.wanted, "state": self.state, "reason": self.reason}
 
+    def kept(self) -> dict[str, Any]:
+        """For members to keep; the plan only as long as it is to be carried out."""
+        plan = self.plan.to_json() if self.plan is not None and self.open else None
+        return asdict(replace(self, plan=None)) | {"wanted": dict(self.wanted), "plan": plan}
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Self:
+        plan = None if fields["plan"] is None else Plan.from_json(fields["plan"], source="the plan of an operation")
+        return cls(**{**fields, "plan": plan})
+
 
 class Operations:
-    """All that were ever asked for, and the last one."""
+    """All that were ever asked for, and the last one. kept: the last of them, which a coordinator that is started anew
+    hears of; what was done under older names would be done again."""
+
+    KEPT = 32
 
     def __init__(self) -> None:
         self.last: Operation | None = None
@@ -71,3 +89,7 @@ class Operations:
 
     def add(self, operation: Operation) -> None:
         self._known[operation.name] = self.last = operation
+
+    @property
+    def kept(self) -> list[dict[str, Any]]:
+        return [operation.kept() for operation in list(self._known.values())[-self.KEPT :]]

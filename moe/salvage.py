@@ -3,6 +3,7 @@ for a change that was called off, and a checkpoint to read from."""
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import NamedTuple
 
 from torch import Tensor
@@ -47,6 +48,10 @@ class Salvage:
             backup_L=tuple(tuple(e for n, e in sorted(kept) if n == layer) for layer in range(len(held_L))),
             reads=self._read is not None,
         )
+
+    def drop_all_but(self, keep: Set[tuple[int, int]]) -> None:
+        """Backups that are kept elsewhere by now."""
+        self.kept = {cell: row_B for cell, row_B in list(self.kept.items()) if cell in keep}
 
     def restore(self, stock: Stock, epoch: Epoch, member: int, view: View, peers: Peers, step: int) -> int:
         """Into the stack whatever the epoch puts here and is not in it. After that the rest is let go. -> the step to

@@ -139,13 +139,19 @@ def later(staging: Staging) -> None:
 class Trimming:
     """After a full step in an epoch: every layer's stack as its table has it, made in the background. Then the backups.
 
-    problem: why there are none, if they were wanted.
+    keep: the backups that are to stay, once they are there; None where none were made. problem: why, if so.
     """
 
     def __init__(
-        self, epoch: Epoch, member: int, stock: Stock, notify: Callable[[], None], then: Callable[[], None]
+        self,
+        epoch: Epoch,
+        member: int,
+        stock: Stock,
+        notify: Callable[[], None],
+        then: Callable[[], set[tuple[int, int]] | None],
     ) -> None:
         self.epoch, self.member, self.stock, self.then = epoch, member, stock, then
+        self.keep: set[tuple[int, int]] | None = None
         self.handover = Handover(notify)
         self.problem = ""
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"trimming-{epoch.number}")
@@ -167,7 +173,7 @@ class Trimming:
                 ids = self.epoch.experts_of(self.member, layer)
                 if ids != held:
                     self.handover.offer(layer, ids, self.stock.restack(layer, ids, {}))
-            self.then()
+            self.keep = self.then()
         except Exception as error:
             self.problem = f"{type(error).__name__}: {error}"
             if not self.handover.abandoned and not isinstance(error, PeersLostError):

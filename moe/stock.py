@@ -18,9 +18,11 @@ from moe.layer import MoE
 
 
 class Stock:
-    """Of one model. Layers are numbered as in a plan."""
+    """Of one model. Layers are numbered as in a plan. A thread that packs or restacks a layer sees it as it was before
+    it is taken over, or as it is after: whose experts are in which slot goes with the slots."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._whole = threading.Lock()
         self.layers: list[MoE] = list(layers_of(model).values())
         self.names: list[str] = list(layers_of(model))
 
@@ -38,9 +40,8 @@ class Stock:
 
     @torch.no_grad()
     def pack(self, layer: int, expert: int) -> Tensor:
-        belongings = Belongings.of(self.layers[layer], None)
-        slot = self.layers[layer].experts.expert_ids.index(expert)
-        return packed(belongings.stacked, slot, belongings.expert_bytes)
+        ids, belongings = self._now(layer)
+        return packed(belongings.stacked, ids.index(expert), belongings.expert_bytes)
 
     @torch.no_grad()
     def rows_of(self, layer: int, state: Mapping[str, Tensor]) -> Tensor:
@@ -56,12 +57,18 @@ class Stock:
     @torch.no_grad()
     def restack(self, layer: int, ids: Sequence[int], arrived: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """The layer's stacks for other experts: those here, and those that arrived, packed."""
-        slot_of = {expert: slot for slot, expert in enumerate(self.layers[layer].experts.expert_ids)}
-        return dict(restacked(Belongings.of(self.layers[layer], None).stacked, slot_of, arrived, ids))
+        held, belongings = self._now(layer)
+        slot_of = {expert: slot for slot, expert in enumerate(held)}
+        return dict(restacked(belongings.stacked, slot_of, arrived, ids))
 
     def take(self, layer: int, ids: Sequence[int], weights: Mapping[str, Tensor]) -> None:
         """Between two steps: the new stacks are the layer's own from now on, the old ones are gone."""
-        self.layers[layer].experts.rehouse(ids, weights)
+        with self._whole:
+            self.layers[layer].experts.rehouse(ids, weights)
+
+    def _now(self, layer: int) -> tuple[tuple[int, ...], Belongings]:
+        with self._whole:
+            return self.layers[layer].experts.expert_ids, Belongings.of(self.layers[layer], None)
 
     def drop(self) -> None:
         """Hold nothing, as who stands by."""

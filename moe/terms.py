@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moe.backup import Keepers, nobody
-from moe.comm import Pace, Peers
+from moe.comm import Meeting, Membership, Pace, Peers
 from moe.staging import Hook, unhindered
+from placement import Plan
 
 Reader = Callable[[str, int], Mapping[str, Tensor]]
 Resume = Callable[[nn.Module, Optimizer, Peers], int]
@@ -53,3 +55,20 @@ class Terms:
     def __post_init__(self) -> None:
         if self.backup_every < 1:
             raise ValueError(f"backup_every={self.backup_every}; use the steps from a backup to the next, 1 or more")
+
+    def membership(self, address: str | os.PathLike[str], plan: Plan | None) -> Membership:
+        """A line to the coordinator. plan: of a founder."""
+        return Membership(
+            address,
+            plan=None if plan is None else plan.to_json(),
+            slots=self.slots,
+            portion=self.bytes_per_boundary,
+            beat=self.beat,
+            timeout=self.patience,
+        )
+
+    def meeting(self, line: Membership) -> Meeting:
+        """Where members find each other: a store beside the coordinator."""
+        assert line.view is not None
+        store = (line.there, int(line.view["store"]))
+        return Meeting(store=store, here=line.here, device=self.device, timeout=self.timeout)

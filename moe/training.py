@@ -64,9 +64,7 @@ class Training:
         last = self._generations[-1].saved.mark if self._generations else Mark(0, 0)
         due = last.epoch != epoch.number or step - last.step >= self.terms.backup_every
         if due and self.terms.backup is not nobody:
-            assert membership.view is not None
-            hosts = {int(each): host for each, host in membership.view["hosts"].items()}
-            keeper = self.terms.backup(epoch.members, hosts).get(membership.number)
+            keeper = self.terms.backup(epoch.members, membership.host_of).get(membership.number)
             self._save(Mark(epoch.number, step), NOBODY if keeper is None else epoch.rank_of(keeper), epoch, peers)
             membership.backed = epoch.number
 

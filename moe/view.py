@@ -6,14 +6,15 @@ from dataclasses import asdict
 from typing import Any
 
 from moe.coordinator import Coordinator
-from moe.roster import State
+from moe.roster import LEFT, RefusedError, State
 
 
 def view(coordinator: Coordinator) -> dict[str, Any]:
-    """All that members need to know. report: who is to say what it has, after a failure. mark: the
-    generation of backups that all go back to, in training."""
+    """All that members need to know, and what they keep for a coordinator that is started anew. report: who is to say
+    what it has, after a failure. mark: the generation of backups that all go back to, in training."""
     course, roster = coordinator.course, coordinator.roster
     return {
+        "service": coordinator.service,
         "version": coordinator.version,
         "epoch": None if coordinator.epoch is None else coordinator.epoch.fields(),
         "change": None if course is None else course.change.fields(),
@@ -22,9 +23,14 @@ def view(coordinator: Coordinator) -> dict[str, Any]:
         "restores": [asdict(restore) for restore in coordinator.restores],
         "mark": coordinator.mark,
         "released": roster.numbers(State.RELEASED),
-        "dead": roster.numbers(State.DEAD),
+        "dead": [m.number for m in roster.members.values() if m.state == State.DEAD and m.reason != LEFT],
         "lost": _lost(coordinator),
-        "hosts": {str(member.number): member.process.get("host", "") for member in roster.living()},
+        "living": {str(m.number): {"process": m.process, "slots": m.slots} for m in roster.living()},
+        "count": roster.count,
+        "numbers": coordinator.numbers,
+        "portion": coordinator.portion,
+        "settling": sorted(coordinator.settling),
+        "operations": coordinator.operations.kept,
     }
 
 
@@ -45,6 +51,13 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
         "lost": _lost(coordinator),
         "all": [member.fields() for member in roster.members.values()],
     }
+
+
+def running(coordinator: Coordinator) -> dict[str, Any]:
+    """Where experts live, as a plan whose ranks are the members."""
+    if coordinator.epoch is None or coordinator.epoch.plan is None:
+        raise RefusedError("nobody serves")
+    return {"members": list(coordinator.epoch.members), "plan": coordinator.epoch.plan.to_json()}
 
 
 def _lost(coordinator: Coordinator) -> dict[str, list[int]]:

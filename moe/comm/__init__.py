@@ -16,7 +16,7 @@ from moe.comm.group import (
     sum_over,
 )
 from moe.comm.lend import Coming, Lending, tie, visitors
-from moe.comm.membership import CoordinatorLostError, Membership, View, ask
+from moe.comm.membership import CoordinatorLostError, Membership, View, ask, located
 from moe.comm.mesh import as_shard, here, is_shard, join, mesh_of, put, shard_powers
 from moe.comm.move import WORD, checksums, ship
 from moe.comm.parcel import Pace, receive_parcel, send_parcel
@@ -59,6 +59,7 @@ __all__ = [
     "is_shard",
     "join",
     "kill",
+    "located",
     "max_over",
     "mesh_of",
     "nodes_of",

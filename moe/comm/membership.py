@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.comm.process import this_process
+from moe.comm.secret import shared_secret
 from moe.roster import FencedError, RefusedError
 
 View = Mapping[str, Any]
@@ -27,7 +28,7 @@ def ask(address: str | os.PathLike[str], do: str, timeout: float = 10.0, **field
     """One question of an operator's, answered; raises RefusedError with the coordinator's reason."""
     host, port = located(address)
     with socket.create_connection((host, port), timeout) as link, link.makefile("rwb") as stream:
-        stream.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+        stream.write(json.dumps({"do": do, "secret": shared_secret(), **fields}).encode() + b"\n")
         stream.flush()
         answer = json.loads(stream.readline() or b'{"refused": "the coordinator hung up"}')
     if "ok" not in answer:
@@ -47,10 +48,11 @@ def located(address: str | os.PathLike[str]) -> tuple[str, int]:
 
 
 class Membership:
-    """number: this member's. view: the last the coordinator sent, None before the first. steps, the epoch that is
-    backed up, and in training what an expert of each layer weighs, are told with each beat.
+    """number: this member's, for good once somebody serves. view: the last the coordinator sent, None before the first.
+    steps, the epoch that is backed up, and in training what an expert of each layer weighs, are told with each beat.
 
-    The coordinator may go away: nothing here waits for it but `wait`; the line is tried again with every beat.
+    The coordinator may go away: nothing here waits for it but `wait`; the line is tried again with every beat. One that
+    was started anew is told the last view, and what was said since the epoch in it began.
     """
 
     def __init__(
@@ -69,12 +71,15 @@ class Membership:
         self.steps = self.backed = self.number = 0
         self.byte_L: tuple[int, ...] = ()
         self._refusal: Exception | None = None
+        self._said: list[dict[str, Any]] = []
         self._changed = threading.Condition()
         self._ended, self._sending, self._rest = threading.Event(), threading.Lock(), b""
         self._link = self._connected(time.monotonic() + timeout)
         self.here: str = self._link.getsockname()[0]
         self.there: str = self._link.getpeername()[0]
-        self._say({"do": "hello", "plan": plan, "slots": slots, "portion": portion, "process": this_process()})
+        about = {"plan": plan, "slots": slots, "portion": portion, "process": this_process()}
+        self._hello = {"do": "hello", "secret": shared_secret(), **about}
+        self._say(self._hello)
         self._thread = threading.Thread(target=self._listen, daemon=True, name="membership")
         self._thread.start()
         try:
@@ -84,8 +89,13 @@ class Membership:
             raise
 
     def tell(self, do: str, **fields: Any) -> None:
-        """An event; of a coordinator that is away it is not heard."""
-        self._say({"do": do, **fields})
+        """An event; a coordinator that is away hears of it when it is back."""
+        message = {"do": do, **fields}
+        with self._changed:
+            if do in ("reached", "failed"):
+                serving = 0 if self.view is None or self.view["epoch"] is None else self.view["epoch"]["number"]
+                self._said = [said for said in self._said if said["epoch"] >= serving] + [message]
+        self._say(message)
 
     def wait(self, ready: Callable[[View], bool], timeout: float, wake: Callable[[], bool] = lambda: False) -> View:
         """The first view of that kind, or any once `wake` holds; raises FencedError where this member was given up."""
@@ -98,6 +108,12 @@ class Membership:
                 if (left := deadline - time.monotonic()) <= 0:
                     raise CoordinatorLostError(f"{self._address}: nothing in {timeout:g} s of what was waited for")
                 self._changed.wait(min(left, self._beat))
+
+    @property
+    def host_of(self) -> dict[int, str]:
+        """Of each member that lives, where it was when it came."""
+        living = {} if self.view is None else self.view["living"]
+        return {int(number): told["process"].get("host", "") for number, told in living.items()}
 
     def wake(self) -> None:
         """Let who waits look again."""
@@ -160,18 +176,25 @@ class Membership:
                     self.view = message["view"]
                 elif "fenced" in message:
                     self._refusal = FencedError(message["fenced"])
-                elif not self.number:
+                elif self.view is None or self.view["epoch"] is None:
                     self._refusal = RefusedError(message["refused"])
                 self._changed.notify_all()
         return bool(data)
 
     def _again(self) -> None:
-        """The line is cut: try once a beat. A coordinator that was started anew knows nobody, and says so."""
+        """The line is cut: try once a beat."""
         self._link.close()
         self._rest = b""
         while not self._ended.wait(self._beat):
             with contextlib.suppress(CoordinatorLostError):
                 self._link = self._connected(0.0)
-                self._say({"do": "again", "member": self.number})
+                self._say(self._hello if self.view is None else self._news())
                 return
         self._link = socket.socket()
+
+    def _news(self) -> dict[str, Any]:
+        """Who this is, for a coordinator that may never have heard of it."""
+        with self._changed:
+            about = {"view": self.view, "said": list(self._said), "hello": self._hello}
+        process, secret = self._hello["process"], self._hello["secret"]
+        return {"do": "again", "member": self.number, "process": process, "secret": secret, **about}

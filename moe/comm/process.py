@@ -25,6 +25,11 @@ def is_alive(process: Mapping[str, Any]) -> bool:
     return started is not None and bool(started == process.get("started"))
 
 
+def has_ended(process: Mapping[str, Any]) -> bool:
+    """It ran here, and does no more. Of another machine nobody knows."""
+    return is_here(process) and not is_alive(process)
+
+
 def kill(process: Mapping[str, Any]) -> None:
     """At once, whatever it does: a stopped one too."""
     if is_here(process) and is_alive(process):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from pathlib import Path
 
 
@@ -25,15 +24,14 @@ class Foreign:
             return 0.0, 0.0, 0.0
         tick_F = [int(field) for field in stat.read_text().splitlines()[0].split()[1:9]]
         total, idle = sum(tick_F), tick_F[3] + tick_F[4]
-        children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        ended = (children.ru_utime + children.ru_stime) * os.sysconf("SC_CLK_TCK")
-        return total - idle, ended + sum(map(_ticks_of, Path("/proc").glob("[0-9]*"))), total
+        return total - idle, sum(map(_ticks_of, Path("/proc").glob("[0-9]*"))), total
 
 
 def _ticks_of(process: Path) -> float:
-    """User and system time of a process, if it is of this group and still there."""
+    """User and system time of a process and of its children that ended and were waited for, if it is of this group and
+    still there. So a child's time is its parent's once it ended, whichever process of the group that is."""
     try:
         fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return 0.0
-    return float(fields[11]) + float(fields[12]) if int(fields[2]) == os.getpgrp() else 0.0
+    return sum(map(float, fields[11:15])) if int(fields[2]) == os.getpgrp() else 0.0

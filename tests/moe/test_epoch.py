@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.epoch import Change, Epoch, changes
+from moe.epoch import Change, Epoch, changes, same_homes
 from placement import Placement, Plan
 
 pytestmark = pytest.mark.fast
@@ -55,6 +55,40 @@ def test_the_way_to_other_members_is_even_at_its_end_and_moves_what_it_must(
         held = [len(epoch.experts_of(member, layer)) for member in last]
         least = placement.num_experts - int(np.minimum(held, count_R).sum())
         assert sum(t.layer == layer for *_, transfers in way for t in transfers) == least
+
+
+@settings(deadline=None)
+@given(st.data(), st.sampled_from([0, 1]))
+def test_the_way_to_a_plan_ends_in_it_with_copies_or_without(data: st.DataObject, portion: int) -> None:
+    """And from where it ends there is no way left."""
+    epoch = data.draw(epochs())
+    assert epoch.plan is not None
+    ranks = len(epoch.members)
+    rows_L = [
+        [[e for e in range(p.num_experts) if r in homes[e]] for r in range(ranks)]
+        for p in epoch.plan.placement_L
+        for homes in [[data.draw(st.sets(st.integers(0, ranks - 1), min_size=1)) for _ in range(p.num_experts)]]
+    ]
+    tables = [np.array([row + [-1] * (12 - len(row)) for row in rows]) for rows in rows_L]
+    target = Plan(placement_L=tuple(Placement(expert_RS=table) for table in tables))
+    members, plan, _ = changes(epoch, epoch.members, {}, portion=portion, target=target)[-1]
+    assert members == epoch.members
+    assert same_homes(plan, target)
+    there = Epoch(number=epoch.number + 1, members=members, plan=plan)
+    assert [(m, t, same_homes(p, plan)) for m, p, t in changes(there, members, {}, target=target)] == [
+        (members, (), True)
+    ]
+
+
+def test_a_plan_that_does_not_fit_the_members_is_refused() -> None:
+    plan = Plan(placement_L=(Placement(expert_RS=np.arange(8).reshape(2, 4)),))
+    epoch = Epoch(number=1, members=(4, 7), plan=plan)
+    skewed = Plan(placement_L=(Placement(expert_RS=np.array([[0, 1, 2, 3, 4], [5, 6, 7, -1, -1]])),))
+    with pytest.raises(ValueError, match="puts 5 experts of a layer on member 4, which has room for 4"):
+        changes(epoch, (4, 7), {4: 4, 7: 4}, target=skewed)
+    three = Plan(placement_L=(Placement(expert_RS=np.arange(9).reshape(3, 3)),))
+    with pytest.raises(ValueError, match="the plan is for 3 ranks; 2 members serve"):
+        changes(epoch, (4, 7), {}, target=three)
 
 
 @settings(deadline=None)

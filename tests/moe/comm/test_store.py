@@ -26,6 +26,7 @@ from moe.comm.store import write_tensors
 from moe.coordinator import Coordinator
 from moe.outside import OUTSIDE
 from moe.roster import RefusedError
+from tests.moe.live.member import even
 
 pytestmark = pytest.mark.fast
 
@@ -83,7 +84,7 @@ def test_a_member_of_a_process_with_a_thousand_open_files_is_heard() -> None:
     try:
         while not taken or taken[-1] < 1024:
             taken.append(os.dup(0))
-        member = Membership(server.address, plan=None, beat=0.05, timeout=20.0)
+        member = Membership(server.address, plan=even(2, 1).to_json(), beat=0.05, timeout=20.0)
         member.steps = 7
         deadline = time.monotonic() + 20
         while server.coordinator.roster.members[1].step != 7 and time.monotonic() < deadline:

@@ -75,6 +75,7 @@ class Told:
     epochs: list[int] = field(default_factory=list)
     resources: list[tuple[int, int, int]] = field(default_factory=list)
     most: list[int] = field(default_factory=list)
+    salvaged: int = 0
 
 
 class Net(nn.Module):
@@ -197,6 +198,7 @@ def _step(live: Live, whole: Net, told: Told, part: Part) -> None:
     if live.epoch is not None and live.epoch.number not in told.epochs[-1:]:
         told.epochs.append(live.epoch.number)
         told.resources.append(resources())
+    told.salvaged = len(live._salvage.rows)
     told.most.append(max(len(held) for held in live.stock.held_L))
     if part.log:
         with Path(part.log).open("a") as file:

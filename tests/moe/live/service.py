@@ -16,15 +16,16 @@ from typing import Any, Self
 
 from moe.comm import Server, ask, kill, spare
 from moe.coordinator import Coordinator
-from tests.moe.live.member import Part, Told, even, serve
+from tests.moe.live.member import Part, Told, even, is_alive, serve
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.moe.live.member"])
 LIMIT = 120.0
 
 
-def coordinate(pipe: Connection, lease: float, report: float, fences: bool, bind: str) -> None:
-    server = Server(Coordinator(lease=lease, report=report), bind=bind, fence=kill if fences else spare)
+def coordinate(pipe: Connection, lease: float, fences: bool, bind: str, port: int) -> None:
+    coordinator, fence = Coordinator(lease=lease, report=10.0), kill if fences else spare
+    server = Server(coordinator, bind=bind, port=port, fence=fence, open_to_all=True)
     pipe.send(server.address)
     server.serve()
 
@@ -43,11 +44,8 @@ class Service:
         bind: str = "127.0.0.1",
         **part: Any,
     ) -> None:
-        ours, theirs = CONTEXT.Pipe()
-        self.coordinator = CONTEXT.Process(target=coordinate, args=(theirs, lease, 10.0, fences, bind), daemon=True)
-        self.coordinator.start()
-        assert ours.poll(LIMIT)
-        self.address: str = ours.recv()
+        self._how = (lease, fences, bind)
+        self.address = self._coordinate(0)
         self.part = Part(address=self.address, experts=experts, **part)
         self.processes: list[BaseProcess] = []
         self.pipes: list[Connection] = []
@@ -56,6 +54,26 @@ class Service:
         self._ops = 0
         if start:
             self.found(founders)
+
+    def _coordinate(self, port: int) -> str:
+        ours, theirs = CONTEXT.Pipe()
+        self.coordinator = CONTEXT.Process(target=coordinate, args=(theirs, *self._how, port), daemon=True)
+        self.coordinator.start()
+        theirs.close()
+        assert ours.poll(LIMIT)
+        return str(ours.recv())
+
+    def lose_coordinator(self) -> None:
+        """Whoever killed it, here or a member."""
+        self.until(lambda: not is_alive(self.coordinator.pid or 0))
+        self.coordinator.join()
+
+    def restart_coordinator(self) -> None:
+        """Where it was."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.coordinator.pid or 0, signal.SIGKILL)
+        self.lose_coordinator()
+        assert self._coordinate(int(self.address.rpartition(":")[2])) == self.address
 
     def found(self, founders: int, **changes: Any) -> None:
         for _ in range(founders):

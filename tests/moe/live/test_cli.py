@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from moe.cli_elastic import app
-from moe.comm import CoordinatorLostError, Membership, Server
+from moe.comm import CoordinatorLostError, Membership, Server, ask, located
 from moe.coordinator import Coordinator
 from moe.roster import RefusedError
 from tests.moe.live.member import even
@@ -42,6 +44,15 @@ def test_an_operator_is_answered_or_told_why_not(tmp_path: Path) -> None:
     standing_by = Membership(tmp_path / "address", plan=None)
     assert json.loads(run(app, ["status", "--json", *at]).stdout)["safe_to_terminate"] == [2]
     standing_by.close()
+    deadline = time.monotonic() + 20
+    while len(ask(server.address, "status")["all"]) > 1:  # who left is forgotten once it hung up
+        assert time.monotonic() < deadline
+    assert run(app, ["plan", "-o", str(tmp_path / "plan.json"), *at]).exit_code == 0
+    placed = run(app, ["place", str(tmp_path / "plan.json"), "--op", "stay", "--json", *at])
+    assert json.loads(placed.stdout)["state"] == "done"
+    (tmp_path / "wide.json").write_text(even(6, 2).to_json())
+    wide = run(app, ["place", str(tmp_path / "wide.json"), *at])
+    assert "the plan is for 2 ranks; 1 members serve" in wide.stderr
     member.close()
     server.stop()
     thread.join()
@@ -64,4 +75,48 @@ def test_a_coordinator_started_by_command_says_where_it_is(tmp_path: Path) -> No
         address = process.stdout.readline().strip()
         assert file.read_text().strip() == address
         assert json.loads(CliRunner().invoke(app, ["status", "--json", "--at", address]).stdout)["members"] == []
+        assert "Address already in use" in CliRunner().invoke(app, ["serve", "--file", str(file)]).stderr
         process.kill()
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == address
+        process.kill()
+
+
+def test_who_lacks_the_secret_is_neither_member_nor_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that comes back either: it is refused, and its steps go on."""
+    monkeypatch.setenv("EVENMOE_SECRET", "ours")
+    server = Server(Coordinator(lease=30.0))
+    thread = server.start()
+    member = Membership(server.address, plan=even(6, 1).to_json(), beat=0.05)
+    for secret in ("theirs", ""):
+        monkeypatch.setenv("EVENMOE_SECRET", secret)
+        with pytest.raises(RefusedError, match="EVENMOE_SECRET is not set there, or not to the coordinator's"):
+            Membership(server.address, plan=None)
+        with pytest.raises(RefusedError, match="EVENMOE_SECRET"):
+            ask(server.address, "status")
+        with socket.create_connection(located(server.address)) as link, link.makefile("rwb") as stream:
+            for message in ({"do": "again", "member": 1, "secret": secret}, {"do": "bye"}, {"do": "scale"}):
+                stream.write(json.dumps(message).encode() + b"\n")
+                stream.flush()
+                assert "EVENMOE_SECRET" in json.loads(stream.readline())["refused"]
+    monkeypatch.setenv("EVENMOE_SECRET", "ours")
+    assert ask(server.address, "status")["members"] == [1]
+    member.close()
+    server.stop()
+    thread.join()
+
+
+def test_a_coordinator_that_others_can_reach_needs_a_secret_or_is_told_to_be_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("EVENMOE_SECRET", raising=False)
+    refused = CliRunner().invoke(app, ["serve", "--bind", "0.0.0.0"])
+    assert refused.exit_code == 2
+    assert "0.0.0.0 can be reached from other machines; set EVENMOE_SECRET" in refused.stderr
+    for words in ({"open_to_all": True}, {}):
+        server = Server(Coordinator(), bind="0.0.0.0", **words)
+        thread = server.start()
+        server.stop()
+        thread.join()
+        monkeypatch.setenv("EVENMOE_SECRET", "ours")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.coordinator import Coordinator
 from moe.course import Phase
+from moe.epoch import same_homes
 from moe.recovery import Inventory
 from moe.roster import FencedError, RefusedError
 from moe.view import status
+from placement import Placement, Plan
 from tests.moe.live.member import even
 from tests.moe.live.world import SimWorld
 
@@ -26,6 +29,8 @@ EVENTS = st.one_of(
     st.tuples(st.just("step"), st.just(0)),
     st.tuples(st.just("kill"), st.integers(0, 9)),
     st.tuples(st.just("tear"), st.integers(1, 3)),
+    st.tuples(st.just("crash"), st.just(0)),
+    st.tuples(st.just("restart"), st.just(0)),
 )
 
 
@@ -45,6 +50,11 @@ def play(world: SimWorld, events: list[tuple[str, int]]) -> None:
             case "tear":
                 world.kill(number)
                 world.step(torn=number)
+            case "crash":
+                world.crash()
+            case "restart":
+                world.restart()
+    world.restart()
 
 
 def calm(world: SimWorld) -> None:
@@ -99,6 +109,58 @@ def test_where_nobody_dies_no_step_is_done_again(founders: int, events: list[tup
     play(world, events)
     calm(world)
     assert world.retries == 0
+
+
+ROUNDS: list[tuple[str, int]] = [("advance", 0), ("advance", 1), ("advance", 2), ("step", 0)] * 4
+
+
+@pytest.mark.parametrize("before, after", [(2, 3), (3, 2)])
+def test_a_change_is_finished_whenever_the_coordinator_ends_and_another_takes_its_place(
+    before: int, after: int
+) -> None:
+    """And no step is done again; nothing is forgotten that was asked for and seen, or that is over."""
+    for crash in range(len(ROUNDS) + 1):
+        for restart in range(crash, len(ROUNDS) + 1):
+            world = SimWorld(before, reads=False)
+            for _ in range(after - before):
+                world.join()
+                world.advance(before)
+            world.scale(after)
+            events = list(ROUNDS)
+            events.insert(restart, ("restart", 0))
+            events.insert(crash, ("crash", 0))
+            play(world, events)
+            calm(world)
+            assert world.retries == 0
+            assert world.coordinator.phase == Phase.IDLE
+            assert world.seen_epochs == sorted(world.seen_epochs)
+            assert world.numbers == sorted(set(world.numbers)), (crash, restart)
+            if crash:  # somebody saw what was asked for
+                assert len(world.epoch.members) == after, (crash, restart)
+                assert world.coordinator.scale(0.0, "op-1", after)["state"] == "done"
+            world.join()
+            assert len(world.members) == max(before, after) + 1
+            world.scale(1)
+            calm(world)
+            assert len(world.epoch.members) == 1
+
+
+def test_a_plan_is_carried_out_by_whichever_coordinator_and_asked_for_once() -> None:
+    """A rank of it is a member; where only copies are given up, nothing travels."""
+    copies = Plan(placement_L=(Placement(expert_RS=np.array([[0, 1, 2, 3], [3, 4, 5, 0]])),) * 2)
+    fewer = Plan(placement_L=(Placement(expert_RS=np.array([[0, 1, 2, -1], [3, 4, 5, -1]])),) * 2)
+    for crash in range(12):
+        world = SimWorld(2, reads=False)
+        for number, plan in enumerate((copies, fewer)):
+            world.coordinator.place(0.0, f"plan {number}", plan)
+            events = [("advance", 0), ("advance", 1), ("step", 0)] * 4
+            play(world, [*events[: crash + 1], ("crash", 0), ("step", 0), ("restart", 0)])
+            calm(world)
+            assert same_homes(world.epoch.plan, plan), (crash, number)
+            assert world.coordinator.place(0.0, f"plan {number}", plan)["state"] == "done"
+        assert world.retries == 0
+    with pytest.raises(RefusedError, match="the plan is for 3 ranks; 2 members serve"):
+        world.coordinator.place(0.0, "wide", even(6, 3))
 
 
 def founded(members: int) -> Coordinator:

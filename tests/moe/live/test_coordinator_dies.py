@@ -1,4 +1,4 @@
-"""Without a coordinator nothing is resized, and no step waits."""
+"""Without a coordinator nothing is resized, and no step waits; another one at its address goes on where it was."""
 
 from __future__ import annotations
 
@@ -63,3 +63,48 @@ def test_a_coordinator_that_was_stopped_gives_nobody_up_for_dead(phase: Phase) -
         told = service.end()
     assert_unharmed(told)
     assert {member.retries for member in told.values()} == {0}
+
+
+@pytest.mark.parametrize("phase", [Phase.IDLE, *PHASES], ids=lambda phase: str(phase.name))
+def test_a_coordinator_started_anew_finishes_what_was_begun(phase: Phase, tmp_path: Path) -> None:
+    """Steps go on meanwhile, none is done again, nobody is started again; and then it shrinks."""
+    log = tmp_path / "answered"
+    with Service(3, experts=8, start=False, timeout=8.0, log=str(log)) as service:
+        pid = service.coordinator.pid or 0
+        service.found(3, fault=None if phase == Phase.IDLE else Fault(member=1, phase=phase, victim=pid))
+        service.join()
+        if phase == Phase.IDLE:
+            service.coordinator.kill()
+        else:
+            grow(service)
+        service.lose_coordinator()
+        answered = log.read_text().count("\n")
+        service.until(lambda: log.read_text().count("\n") > answered + 6)
+        service.restart_coordinator()
+        service.until(lambda: service.status()["phase"] != "ADOPT" and service.status()["epoch"])
+        service.ask("scale", op="grow", count=4)
+        assert service.settle()["members"] == [1, 2, 3, 4]
+        assert service.ask("scale", op="grow", count=4)["state"] == "done"
+        service.steps(3)
+        service.scale(2)
+        assert service.settle()["members"] == [1, 2]
+        service.steps(3)
+        told = service.end()
+    assert_unharmed(told)
+    assert {member.retries for member in told.values()} == {0}
+    assert {member.member: member.pid for member in told.values()} == service.pid_of
+
+
+def test_who_died_together_with_the_coordinator_is_missed_by_the_next_one() -> None:
+    with Service(3, experts=8, reads=True) as service:
+        service.steps(2)
+        service.coordinator.kill()
+        service.kill(2)
+        service.restart_coordinator()
+        service.until(lambda: service.status()["members"] == [1, 3] and service.status()["phase"] == "IDLE")
+        assert service.join() == [4]
+        service.scale(3)
+        assert service.settle()["members"] == [1, 3, 4]
+        told = service.end()
+    assert_unharmed(told, 2)
+    assert max(member.retries for member in told.values()) == 1

@@ -113,7 +113,8 @@ def test_a_lost_expert_comes_from_its_backup_on_another_member(phase: Phase) -> 
     assert_unharmed(told, 2, 3)
 
 
-def test_who_was_given_up_for_dead_is_refused_when_it_comes_back() -> None:
+@pytest.mark.parametrize("restart", [False, True], ids=["", "by-another-coordinator"])
+def test_who_was_given_up_for_dead_is_refused_when_it_comes_back(restart: bool) -> None:
     """Nobody kills it: it is another machine's. Its peers time out, go on without it, and refuse it."""
     fault = Fault(member=2, phase=Phase.READY, signal=signal.SIGSTOP)
     with Service(3, experts=8, lease=LEASE, fences=False, reads=True, timeout=8.0, fault=fault) as service:
@@ -122,6 +123,9 @@ def test_who_was_given_up_for_dead_is_refused_when_it_comes_back() -> None:
         service.until(lambda: 2 in [m["member"] for m in service.status()["all"] if m["state"] == "dead"])
         service.until(lambda: service.status()["phase"] == "IDLE")
         service.steps(3)
+        if restart:
+            service.restart_coordinator()
+            service.until(lambda: service.status()["phase"] == "IDLE")
         service.wake(2)
         service.until(lambda: service.heard(2))
         told = service.end()

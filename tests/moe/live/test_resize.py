@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+from pathlib import Path
+
+import numpy as np
 import pytest
 
+from moe.course import Phase
+from moe.epoch import same_homes
+from placement import Placement, Plan
+from tests.moe.live.member import Fault
 from tests.moe.live.service import Service
 
 
@@ -15,7 +23,12 @@ def test_a_service_grows_and_shrinks_and_every_answer_is_that_of_the_static_mode
         service.scale(4)
         assert len(service.settle()["members"]) == 4
         service.scale(3)
-        assert len(service.settle()["safe_to_terminate"]) == 1
+        assert len(service.settle()["members"]) == 3
+        running = Plan.from_json(service.ask("plan")["plan"])
+        turned = tuple(Placement(expert_RS=np.roll(p.expert_RS, 1, axis=0)) for p in running.placement_L)
+        service.ask("place", op="turn", plan=Plan(placement_L=turned).to_json())
+        service.settle()
+        assert same_homes(Plan.from_json(service.ask("plan")["plan"]), Plan(placement_L=turned))
         service.join(2)
         service.scale(5)
         service.settle()
@@ -30,6 +43,28 @@ def test_a_service_grows_and_shrinks_and_every_answer_is_that_of_the_static_mode
         assert member.served == list(range(len(member.served)))
         assert member.epochs == sorted(set(member.epochs))
     assert len(told) == 6
+
+
+def test_what_came_for_a_change_that_was_called_off_is_let_go_and_the_next_change_is_done() -> None:
+    """Backups are there as before: they are of the epoch that goes on."""
+    fault = Fault(member=4, phase=Phase.COPY, signal=signal.SIGSTOP)  # it leaves, and has sent one expert
+    with Service(4, experts=8, backup=True, fault=fault) as service:
+        service.backed_up()
+        service.scale(3)
+        stat = Path(f"/proc/{service.pid_of[4]}/stat")
+        service.until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+        service.ask("cancel", op="scale-1")
+        service.wake(4)
+        service.steps(3)
+        service.backed_up()
+        service.scale(3)
+        service.settle()
+        service.steps(3)
+        service.backed_up()
+        told = service.end()
+    assert {(member.wrong, member.retries, member.error, member.salvaged) for member in told.values()} == {
+        (0, 0, "", 0)
+    }
 
 
 @pytest.mark.parametrize("cycles", [8, pytest.param(100, marks=pytest.mark.chaos)])

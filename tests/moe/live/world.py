@@ -1,9 +1,12 @@
-"""A world of members without processes: they follow the protocol to the letter, in any order, and die at any point."""
+"""A world of members without processes: they follow the protocol to the letter, in any order, and die at any point; so
+does the coordinator, and another takes its place."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from moe.adoption import Adoption, can_be_adopted
 from moe.coordinator import Coordinator
 from moe.course import Phase
 from moe.epoch import Change, Epoch
@@ -17,7 +20,8 @@ EXPERTS = 6
 
 @dataclass
 class Sim:
-    """held: (layer, expert). staged: the change it is ready for. broken: it has reported and waits."""
+    """held: (layer, expert). staged: the change it is ready for. broken: it has reported and waits. seen: the last view
+    it was sent. said: what it told the coordinator."""
 
     number: int
     epoch: Epoch | None = None
@@ -26,6 +30,8 @@ class Sim:
     handled: int = 0
     fresh: bool = False
     broken: int = -1
+    seen: Any = None
+    said: list[tuple[int, Phase]] = field(default_factory=list)
 
     def table(self, epoch: Epoch) -> set[tuple[int, int]]:
         return {(layer, e) for layer in range(2) for e in epoch.experts_of(self.number, layer)}
@@ -33,9 +39,10 @@ class Sim:
 
 class SimWorld:
     def __init__(self, founders: int, *, reads: bool) -> None:
-        self.coordinator, self.reads = Coordinator(lease=10.0, report=10.0), reads
+        self.coordinator, self.reads, self.down = Coordinator(lease=10.0, report=10.0, service="s"), reads, False
         self.members: dict[int, Sim] = {}
         self.seen_epochs: list[int] = []
+        self.numbers: list[int] = []
         self.retries = self.ops = 0
         plan = even(EXPERTS, founders)
         for _ in range(founders):
@@ -43,7 +50,7 @@ class SimWorld:
         for sim in self.members.values():
             sim.epoch = self.epoch
             sim.handled = self.epoch.number
-            sim.held = sim.table(self.epoch)
+            sim.held, sim.seen = sim.table(self.epoch), view(self.coordinator)
 
     @property
     def epoch(self) -> Epoch:
@@ -51,6 +58,8 @@ class SimWorld:
         return self.coordinator.epoch
 
     def join(self, plan: Plan | None = None) -> None:
+        if self.down:
+            return
         number = self.coordinator.hello(0.0, plan=plan)
         assert number not in self.members
         self.members[number] = Sim(number)
@@ -59,11 +68,37 @@ class SimWorld:
         if len(self.members) > 1:
             number = sorted(self.members)[turn % len(self.members)]
             del self.members[number]
-            self.coordinator.gone(0.0, number)
+            if not self.down:
+                self.coordinator.gone(0.0, number)
+
+    def crash(self) -> None:
+        self.down = True
+
+    def restart(self) -> None:
+        """As moe.comm.Server does; who does not come back is given up when its lease is over."""
+        if not self.down or not any(can_be_adopted(sim.seen) for sim in self.members.values()):
+            return
+        adoption, self.down = Adoption(0.0, "s"), False
+        strangers = [sim.number for sim in self.members.values() if not can_be_adopted(sim.seen)]
+        for number in strangers:  # they were told a number, but no more
+            del self.members[number]
+        for sim in self.members.values():
+            said = [{"do": "reached", "epoch": epoch, "phase": int(phase)} for epoch, phase in sim.said]
+            adoption.hear(sim.number, sim.seen, said)
+        self.coordinator = Coordinator(lease=10.0, report=10.0)
+        adoption.into(self.coordinator, 0.0)
+        for sim in self.members.values():
+            for epoch, phase in sim.said:
+                self.coordinator.reached(0.0, sim.number, epoch, phase)
+        for member in self.coordinator.roster.living():
+            if member.number not in self.members:
+                self.coordinator.gone(0.0, member.number)
+        for _ in strangers:
+            self.join()
 
     def scale(self, count: int) -> None:
         self.ops += 1
-        if self.coordinator.operations.open is None and not self.coordinator.lost:
+        if self.coordinator.operations.open is None and not self.coordinator.lost and not self.down:
             self.coordinator.scale(0.0, f"op-{self.ops}", count)
 
     def advance(self, turn: int) -> None:
@@ -71,14 +106,17 @@ class SimWorld:
         if not self.members:
             return
         sim = self.members[sorted(self.members)[turn % len(self.members)]]
-        now = view(self.coordinator)
+        if not self.down:
+            sim.seen = view(self.coordinator)
+        if (now := sim.seen) is None:
+            return
         change = None if now["change"] is None else Change.read(now["change"])
         if sim.number in now["report"]:
             number = sim.epoch.number if sim.epoch else 0 if change is None else change.new.number
             if sim.broken < 0:
                 self.report(sim, number)
-            elif self.epoch.number > sim.broken:  # that one broke too, before this member was in it
-                self.report(sim, self.epoch.number)
+            else:  # perhaps of an epoch that broke too, before this member was in it
+                self.report(sim, max(sim.broken, now["epoch"]["number"]))
             return
         if sim.broken >= 0:
             self._resume(sim)
@@ -93,7 +131,14 @@ class SimWorld:
     def report(self, sim: Sim, number: int) -> None:
         sim.broken, sim.staged, sim.fresh = number, None, False
         held = tuple(tuple(sorted(e for layer, e in sim.held if layer == n)) for n in range(2))
-        self.coordinator.broken(0.0, sim.number, number, Inventory(held_L=held, backup_L=((), ()), reads=self.reads))
+        inventory = Inventory(held_L=held, backup_L=((), ()), reads=self.reads)
+        if not self.down:
+            self.coordinator.broken(0.0, sim.number, number, inventory)
+
+    def _reached(self, sim: Sim, epoch: int, phase: Phase) -> None:
+        sim.said = [(of, what) for of, what in sim.said if of >= sim.seen["epoch"]["number"]] + [(epoch, phase)]
+        if not self.down:
+            self.coordinator.reached(0.0, sim.number, epoch, phase)
 
     def step(self, *, torn: int = 0) -> None:
         """Those who serve do a step together; torn: it breaks after so many of them had heard the others' words."""
@@ -108,32 +153,33 @@ class SimWorld:
             assert owned == {(layer, e) for layer in range(2) for e in range(EXPERTS)}
             assert all(sim.table(epoch) <= sim.held for sim in together), "rows went to who does not hold the expert"
             self.seen_epochs.append(epoch.number)
-            go = view(self.coordinator)["go"]
-            agreed = go and all(sim.staged is not None for sim in together)
+            agreed = all(sim.seen["go"] and sim.staged is not None for sim in together)
             for turn, sim in enumerate(together):
                 if torn and turn >= torn:
                     self._break([sim], epoch.number)
                     continue
                 if sim.fresh:
                     sim.fresh, sim.held = False, sim.table(epoch)
-                    self.coordinator.reached(0.0, sim.number, epoch.number, Phase.FREE)
+                    self._reached(sim, epoch.number, Phase.FREE)
                 if agreed:
                     self._flip(sim)
 
     def _stage(self, sim: Sim, change: Change) -> None:
+        if change.new.number not in self.numbers[-1:]:
+            self.numbers.append(change.new.number)
         for t in change.transfer_N:
             if t.destination == sim.number:
                 assert t.source not in self.members or (t.layer, t.expert) in self.members[t.source].held
                 sim.held.add((t.layer, t.expert))
         sim.staged, sim.handled = change, change.new.number
-        self.coordinator.reached(0.0, sim.number, change.new.number, Phase.PREPARE)
-        self.coordinator.reached(0.0, sim.number, change.new.number, Phase.READY)
+        self._reached(sim, change.new.number, Phase.PREPARE)
+        self._reached(sim, change.new.number, Phase.READY)
 
     def _flip(self, sim: Sim) -> None:
         assert sim.staged is not None
         new, sim.staged = sim.staged.new, None
         if sim.epoch is not None:
-            self.coordinator.reached(0.0, sim.number, new.number, Phase.FLIP)
+            self._reached(sim, new.number, Phase.FLIP)
         sim.epoch, sim.fresh = (new, True) if sim.number in new.members else (None, False)
 
     def _break(self, sims: list[Sim], number: int) -> None:
@@ -142,12 +188,15 @@ class SimWorld:
             self.report(sim, number)
 
     def _resume(self, sim: Sim) -> None:
-        epoch = self.epoch
-        if self.coordinator.lost or self.coordinator.repair is not None or epoch.number <= sim.broken:
+        epoch = Epoch.read(sim.seen["epoch"])
+        if sim.seen["lost"]:
+            return
+        if epoch.number <= sim.broken:
+            self.report(sim, sim.broken)
             return
         sim.broken, sim.handled = -1, epoch.number
         sim.epoch = epoch if sim.number in epoch.members else None
-        for restore in self.coordinator.restores:
-            if restore.member == sim.number:
-                sim.held.add((restore.layer, restore.expert))
+        for restore in sim.seen["restores"]:
+            if restore["member"] == sim.number:
+                sim.held.add((restore["layer"], restore["expert"]))
         sim.fresh = sim.epoch is not None
