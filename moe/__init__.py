@@ -19,6 +19,7 @@ from moe.levy import charge
 from moe.live import Live
 from moe.meters import Meters
 from moe.moving import Moved, move_experts, plan_of
+from moe.outside import ReleasedError
 from moe.parity import assert_ep_parity
 from moe.planned import Capacity, CapacityError, Planned
 from moe.prices import settle_after, settle_prices
@@ -54,6 +55,7 @@ __all__ = [
     "ReLU2",
     "Recorder",
     "RefetchGuests",
+    "ReleasedError",
     "Server",
     "StepLostError",
     "SwiGLU",
