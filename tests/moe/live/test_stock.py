@@ -56,7 +56,7 @@ def test_an_expert_is_packed_whole_however_its_layer_changes_meanwhile(monkeypat
 
 def test_backups_are_dropped_between_two_steps_and_by_nobody_else() -> None:
     """A thread of an epoch that broke may still be adding some; it adds to what nobody counts on."""
-    salvage = Salvage(None)
+    salvage = Salvage(None, None)
     of_thread = salvage.kept
     of_thread |= {(0, expert): torch.zeros(1) for expert in range(4)}
     salvage.drop_all_but({(0, 1), (0, 3)})
