@@ -51,11 +51,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def parallel(experts_over: int) -> Iterator[None]:
-    """Megatron's groups, and its freedom from CUDA."""
+    """Megatron's groups, and its freedom from CUDA. Megatron forgets its forty groups and leaves them open, each with
+    three threads that never rest: they are closed here, where all ranks are done with them."""
+    before = set(dist.distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(expert_model_parallel_size=experts_over, expert_tensor_parallel_size=1)
     try:
         with megatron_on_cpu():
             yield
+        dist.barrier()
+        for group in dist.distributed_c10d._world.pg_map.keys() - before:
+            dist.destroy_process_group(group)
     finally:
         parallel_state.destroy_model_parallel()
 
