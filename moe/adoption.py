@@ -80,6 +80,7 @@ class Adoption:
         if view["report"]:
             until = now + coordinator.roster.lease + coordinator.report
             coordinator.repair = Repair(until=until, reason="members failed", found={})
+        coordinator._moved()  # members may have nothing more to say
 
     def _course(self, view: View, epoch: Epoch) -> Course | None:
         """None where some were still meeting, at a place that is no more."""

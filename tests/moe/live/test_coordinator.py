@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe.adoption import Adoption
 from moe.coordinator import Coordinator
 from moe.course import Phase
 from moe.epoch import same_homes
 from moe.recovery import Inventory
 from moe.roster import FencedError, RefusedError
-from moe.view import status
+from moe.view import status, view
 from placement import Placement, Plan
 from tests.moe.live.member import even
 from tests.moe.live.world import SimWorld
@@ -161,6 +162,18 @@ def test_a_plan_is_carried_out_by_whichever_coordinator_and_asked_for_once() -> 
         assert world.retries == 0
     with pytest.raises(RefusedError, match="the plan is for 3 ranks; 2 members serve"):
         world.coordinator.place(0.0, "wide", even(6, 3))
+
+
+def test_a_request_is_begun_again_though_nobody_says_anything_more() -> None:
+    """All were meeting where nobody is any more."""
+    before, after, adoption = founded(2), Coordinator(), Adoption(0.0, "")
+    before.scale(0.0, "a", 1)
+    for member in (1, 2):
+        adoption.hear(member, view(before), [])
+    adoption.into(after, 0.0)
+    assert before.course is not None
+    assert after.course is not None
+    assert after.course.change.new.number == before.course.change.new.number + 1
 
 
 def founded(members: int) -> Coordinator:
