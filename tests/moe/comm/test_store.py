@@ -10,21 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch.optim import SGD
 
-from moe import Live, Terms
-from moe.comm import Membership, Peers, PeersLostError, Shelf, ask
+from moe.comm import Membership, Peers, Shelf, ask
 from moe.comm.process import is_alive, is_here
 from moe.comm.serve import Server
 from moe.comm.standby import store_server
 from moe.comm.store import write_tensors
 from moe.coordinator import Coordinator
-from moe.outside import OUTSIDE
 from moe.roster import RefusedError
 from tests.moe.live.member import even
 
@@ -105,19 +100,6 @@ def test_who_is_refused_leaves_no_thread_behind() -> None:
         Membership(server.address, plan="no plan", beat=0.05, timeout=20.0)
     server.stop()
     assert not [thread for thread in threading.enumerate() if thread.name == "membership"]
-
-
-def test_training_does_not_go_on_with_experts_of_another_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backup or a checkpoint has experts as they were; the others have been trained since."""
-    restores = [{"layer": 0, "expert": 1, "member": 1, "source": "checkpoint"}]
-    monkeypatch.setattr("moe.live.verdict", lambda *_: {"lost": {}, "restores": restores})
-    live: Any = object.__new__(Live)
-    live.member, live.optimizer, live.terms, live.membership = 1, SGD([torch.zeros(1)]), Terms(), None
-    live._staging = live._trimming = None
-    live.peers = OUTSIDE
-    live.stock, live._salvage = SimpleNamespace(layers=[]), SimpleNamespace(inventory=lambda stock: None)
-    with pytest.raises(PeersLostError, match="start again from a checkpoint"):
-        live._recover(1)
 
 
 def test_a_process_that_says_nothing_of_itself_is_not_here() -> None:
