@@ -125,7 +125,7 @@ def test_who_was_given_up_for_dead_is_refused_when_it_comes_back(restart: bool) 
         service.steps(3)
         if restart:
             service.restart_coordinator()
-            service.until(lambda: service.status()["phase"] == "IDLE")
+            service.until(lambda: service.status()["phase"] == "IDLE" and service.status()["epoch"])
         service.wake(2)
         service.until(lambda: service.heard(2))
         told = service.end()
