@@ -14,14 +14,13 @@ pytest.importorskip("transformers", reason="transformers is not installed; pip i
 from transformers.integrations.moe import use_experts_implementation
 
 from moe import SwiGLU
-from moe.blocks import KERNELS, Blocks
+from moe.blocks import Blocks
 from moe.integrations.huggingface import parallelize_experts
 from moe.integrations.huggingface.experts import Host, HostGate
 from tests.moe.integrations.tiny import FAMILIES, host_name, layers_of, make, prompt
 from tests.world import relative
 
 OWN_GATE = {"gpt_oss", "nemotron_h"}  # clamped and interleaved; relu squared, without a gate
-compiled = pytest.mark.skipif(KERNELS.load() is None, reason="the compiled path is not built; python -m moe.build")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,7 +48,7 @@ def test_what_is_not_sure_to_be_a_silu_gate_stays_the_hosts(change: str) -> None
         assert relative(parallelize_experts(model)(x).logits, reference(x).logits) < 1e-9
 
 
-@compiled
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_a_spread_model_takes_the_compiled_path_and_is_the_model_it_was(
     family: str, monkeypatch: pytest.MonkeyPatch
