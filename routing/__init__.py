@@ -10,6 +10,7 @@ from routing.bip import Bip
 from routing.capacity import Capacity, Drop, Dropless
 from routing.choice import NOWHERE, Choice
 from routing.cutoff import Cutoff
+from routing.decide_on_device import Decision, decide_on_device
 from routing.dual import dual_change, dual_gap, dual_value, kept_score
 from routing.expert_choice import ExpertChoice
 from routing.flow_on_device import flow_on_device
@@ -52,6 +53,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cutoff",
+    "Decision",
     "Drop",
     "Dropless",
     "EdgeQuantile",
@@ -97,6 +99,7 @@ __all__ = [
     "ZLoss",
     "at_least_fp32",
     "check_routing",
+    "decide_on_device",
     "dual_change",
     "dual_gap",
     "dual_value",

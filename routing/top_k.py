@@ -1,7 +1,8 @@
-"""The K best experts of each token: torch.topk, and sooner where it is compiled.
+"""The K best experts of each token: torch.topk, and sooner where it is compiled or Triton has a GPU.
 
 top_k.cpp knows no order among equals. A token that has some where it matters, or a NaN, is torch's to decide, so both
-paths choose the same to the bit.
+paths choose the same to the bit. On a GPU, where torch.topk promises nothing of equals, Triton's kernel takes the
+lowest.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from routing import launch
 from routing.native import DECIDERS
 
 MOST_K = 16  # top_k.cpp has as many registers
 
 
 def best_experts(priced_TE: Tensor, top_k: int) -> Tensor:
-    """-> expert_TK, best first; among equals, whichever torch.topk prefers on that device"""
-    plain = type(priced_TE) is Tensor and priced_TE.device.type == "cpu" and priced_TE.dtype == torch.float32
+    """-> expert_TK, best first; among equals, whichever torch.topk prefers on that device, and in Triton the lowest"""
+    if launch.kernel_takes(priced_TE, None, top_k):
+        return launch.choose(priced_TE, None, top_k)
+    plain = launch.is_plain(priced_TE) and priced_TE.device.type == "cpu"
     fits = len(priced_TE) > 0 and 1 <= top_k <= min(MOST_K, priced_TE.shape[1])
     library = DECIDERS.load() if plain and fits else None
     if library is None:
