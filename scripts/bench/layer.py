@@ -50,7 +50,7 @@ class Told(TopK):
 
     expert_STK: list[Tensor]
 
-    def __call__(self, priced_TE: Tensor, top_k: int, tokens: Tokens) -> Rows:
+    def __call__(self, score_TE: Tensor, price_E: Tensor, top_k: int, tokens: Tokens) -> Rows:
         return token_major(self.expert_STK[0])
 
 
