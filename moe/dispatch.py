@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe.blocks import total
-from moe.comm import Peers, exchange
+from moe.comm import Peers, exchange, exchange_into
 from moe.trip import Add
 from routing import Assignment, Choice, at_least_fp32
 
@@ -112,12 +112,16 @@ class Dispatch:
             weight_M.index_copy_(0, self.place_O, weight_N.index_select(0, self.row_O))
         if self.peers.group is None:
             return x_TD, weight_M
+        source_XD = x_TD
+        if guests := len(self.place_H):
+            source_XD = x_TD.new_empty(self.num_tokens + guests, x_TD.shape[1])
+            source_XD[: self.num_tokens] = x_TD
+        leaving_GD = x_TD.index_select(0, self.token_G)
         weight_G = None if weight_N is None else weight_N.index_select(0, self.row_G)
-        leaving_GD = _pack(x_TD.index_select(0, self.token_G), weight_G)
-        guest_HD, weight_H = _unpack(exchange(leaving_GD, self.send_R, self.recv_R, self.peers), weight_N)
+        weight_H = self._swap(leaving_GD, weight_G, source_XD[self.num_tokens :], outward=True)
         if weight_M is not None and weight_H is not None:
             weight_M.index_copy_(0, self.place_H, weight_H)
-        return torch.cat([x_TD, guest_HD]) if len(guest_HD) else x_TD, weight_M
+        return source_XD, weight_M
 
     def come(self, row_XD: Tensor | None, scalar_M: Tensor | None) -> Tensor | None:
         """What was made of guests goes back, and what other ranks made comes into the room behind the M rows of row_XD.
@@ -131,15 +135,26 @@ class Dispatch:
                 row_XD[self.num_rows :].zero_()
             return scalar_N
         given = next(tensor for tensor in (row_XD, scalar_M) if tensor is not None)
+        end = self.num_rows + len(self.row_G)
         row_HD = given.new_empty(len(self.place_H), 0) if row_XD is None else row_XD.index_select(0, self.place_H)
-        packed_HD = _pack(row_HD, None if scalar_M is None else scalar_M.index_select(0, self.place_H))
-        home_GD, scalar_G = _unpack(exchange(packed_HD, self.recv_R, self.send_R, self.peers), scalar_M)
+        home_GD = given.new_empty(len(self.row_G), 0) if row_XD is None else row_XD[self.num_rows : end]
+        scalar_H = None if scalar_M is None else scalar_M.index_select(0, self.place_H)
+        scalar_G = self._swap(row_HD, scalar_H, home_GD, outward=False)
         if row_XD is not None:
-            row_XD[self.num_rows : self.num_rows + len(home_GD)] = home_GD
-            row_XD[self.num_rows + len(home_GD) :].zero_()
+            row_XD[end:].zero_()
         if scalar_N is not None and scalar_G is not None:
             scalar_N.index_copy_(0, self.row_G, scalar_G)
         return scalar_N
+
+    def _swap(self, row_XD: Tensor, scalar_X: Tensor | None, into_YD: Tensor, *, outward: bool) -> Tensor | None:
+        """Rows to other ranks, or home again, and theirs into a place that is ready. -> the scalars that came along"""
+        there, back = (self.send_R, self.recv_R) if outward else (self.recv_R, self.send_R)
+        if scalar_X is None:
+            exchange_into(row_XD, there, back, into_YD, self.peers)
+            return None
+        came_YD, scalar_Y = _unpack(exchange(_pack(row_XD, scalar_X), there, back, self.peers), scalar_X)
+        into_YD.copy_(came_YD)
+        return scalar_Y
 
     def total(self, row_XD: Tensor, weight_N: Tensor | None, add: Add = add_rows) -> Tensor:
         """The (weighted) rows of each token, added in fp32 or better in the order they were chosen: the same to the bit
@@ -172,17 +187,13 @@ def _weighted_total(row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor) -> Tens
     return y_TD
 
 
-def _pack(row_GD: Tensor, scalar_G: Tensor | None) -> Tensor:
+def _pack(row_GD: Tensor, scalar_G: Tensor) -> Tensor:
     """Rows, and a scalar each which may be wider than they are, as one message."""
-    if scalar_G is None:
-        return row_GD
     return torch.cat([row_GD, scalar_G[:, None].view(row_GD.dtype)], dim=1)
 
 
-def _unpack(packed_GD: Tensor, scalar: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """-> rows, and the scalars if such were packed"""
-    if scalar is None:
-        return packed_GD, None
+def _unpack(packed_GD: Tensor, scalar: Tensor) -> tuple[Tensor, Tensor]:
+    """-> rows, and scalars of the type of this one"""
     width = packed_GD.shape[1] - scalar.itemsize // packed_GD.itemsize
     scalar_G1 = packed_GD[:, width:].clone(memory_format=torch.contiguous_format).view(scalar.dtype)
     return packed_GD[:, :width], scalar_G1.squeeze(1)

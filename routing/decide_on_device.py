@@ -45,7 +45,7 @@ def decide_on_device(
         raise ValueError(f"valid_T must be bool and {[tokens]}; got {valid_T.dtype} and {list(valid_T.shape)}")
     if launch.kernel_takes(score_TE, price_E, top_k):
         return Decision(*_Decide.apply(score_TE, price_E, top_k, valid_T, weigh))  # type: ignore[no-untyped-call]
-    expert_TK = best_experts((score_TE - price_E).detach(), top_k)
+    expert_TK = best_experts(score_TE.detach(), price_E.detach(), top_k)
     if valid_T is not None:
         expert_TK = expert_TK.where(valid_T[:, None], NOWHERE)
     rows = token_major(expert_TK)

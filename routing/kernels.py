@@ -23,7 +23,7 @@ def in_order(x):
 
 @triton.jit
 def decide(
-    score, price, valid, expert, weight, load, tokens, experts, stride_t, stride_e, scale, PRICED: tl.constexpr,
+    score, price, valid, expert, weight, load, tokens, experts, stride_t, stride_e, scale,
     PADDED: tl.constexpr, WHOLE: tl.constexpr, NORMALIZED: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr,
     TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
@@ -34,8 +34,7 @@ def decide(
     live, known = t < tokens, e < experts
     row = score + t * stride_t
     priced = tl.load(row[:, None] + e.to(tl.int64)[None, :] * stride_e, mask=live[:, None] & known[None, :], other=0.0)
-    if PRICED:
-        priced -= tl.load(price + e, mask=known, other=0.0)[None, :]
+    priced -= tl.load(price + e, mask=known, other=0.0)[None, :]
     left = (in_order(priced).to(tl.int64) << 32) | (EXPERTS - 1 - e)[None, :]
     left = tl.where(known[None, :], left, TAKEN)
     k = tl.arange(0, CHOICES)

@@ -51,13 +51,13 @@ def is_plain(*tensors: Tensor) -> bool:
     return all(type(tensor) is Tensor and tensor.dtype == torch.float32 for tensor in tensors)
 
 
-def kernel_takes(score_TE: Tensor, price_E: Tensor | None, top_k: int) -> bool:
+def kernel_takes(score_TE: Tensor, price_E: Tensor, top_k: int) -> bool:
     """Plain tensors on one GPU, and as many choices and experts as fit; the rest is torch's."""
-    tensors = [score_TE] if price_E is None else [score_TE, price_E]
     device, (tokens, experts) = score_TE.device, score_TE.shape
-    if not is_plain(*tensors) or device.type != DEVICE or any(tensor.device != device for tensor in tensors):
+    if not is_plain(score_TE, price_E) or device.type != DEVICE or price_E.device != device:
         return False
-    return tokens > 0 and 1 <= top_k <= min(experts, MOST_K) and experts <= MOST_EXPERTS and _able(device)
+    fits = tokens > 0 and price_E.shape == (experts,) and experts <= MOST_EXPERTS
+    return fits and 1 <= top_k <= min(experts, MOST_K) and _able(device)
 
 
 def tokens_at_once(experts: int) -> int:
@@ -65,8 +65,8 @@ def tokens_at_once(experts: int) -> int:
     return max(512 * WARPS // experts, 1)
 
 
-def choose(score_TE: Tensor, price_E: Tensor | None, top_k: int) -> Tensor:
-    """-> expert_TK, best first; of equals the lowest expert. NaN is the greatest."""
+def choose(score_TE: Tensor, price_E: Tensor, top_k: int) -> Tensor:
+    """By score less price. -> expert_TK, best first; of equals the lowest expert. NaN is the greatest."""
     expert_TK = score_TE.new_empty(len(score_TE), top_k, dtype=torch.int64)
     _launch(score_TE, price_E, None, (expert_TK, None, None))
     return expert_TK
@@ -88,7 +88,7 @@ def decide(
 
 def _launch(
     score_TE: Tensor,
-    price_E: Tensor | None,
+    price_E: Tensor,
     valid_T: Tensor | None,
     out: tuple[Tensor, Tensor | None, Tensor | None],
     normalize: bool = False,
@@ -100,10 +100,9 @@ def _launch(
     at_once = tokens_at_once(wide)
     with torch.cuda.device_of(score_TE):  # type: ignore[no-untyped-call]
         kernels.decide[(-(-tokens // at_once),)](
-            score_TE, None if price_E is None else price_E.contiguous(),
-            None if valid_T is None else valid_T.contiguous().view(torch.uint8), *out, tokens, experts,
-            *score_TE.stride(), float(scale), PRICED=price_E is not None, PADDED=valid_T is not None,
-            WHOLE=out[1] is not None, NORMALIZED=normalize, TOP_K=top_k,
-            CHOICES=kernels.triton.next_power_of_2(top_k), TOKENS=at_once, EXPERTS=wide, num_warps=WARPS,
+            score_TE, price_E.contiguous(), None if valid_T is None else valid_T.contiguous().view(torch.uint8), *out,
+            tokens, experts, *score_TE.stride(), float(scale), PADDED=valid_T is not None, WHOLE=out[1] is not None,
+            NORMALIZED=normalize, TOP_K=top_k, CHOICES=kernels.triton.next_power_of_2(top_k), TOKENS=at_once,
+            EXPERTS=wide, num_warps=WARPS,
             enable_fp_fusion=True,  # the default, but Triton 3.9 warns where it is not said
         )  # fmt: skip

@@ -171,6 +171,6 @@ DECIDERS = Library(
         "evenmoe_level": "pnnppn",
         "evenmoe_token_ends": "ppnnnppn",
         "evenmoe_expert_ends": "ppnnndppn",
-        "evenmoe_top_k": "pnnnppn",
+        "evenmoe_top_k": "ppnnnppn",
     },
 )

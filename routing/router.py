@@ -132,9 +132,8 @@ class Router(nn.Module):
         )
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        dtype = at_least_fp32(x_TD.dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
-            return self.score.logits(x_TD.to(dtype), self.weight.to(dtype))
+            return self.score.logits(x_TD, self.weight)
 
     @torch.no_grad()
     def choose(self, score_TE: Tensor, tokens: Tokens, luck_TE: Tensor | None) -> tuple[Rows, Tensor]:
@@ -142,13 +141,13 @@ class Router(nn.Module):
         quoted_E = self.balancer.quote(score_TE, self.price_E, self.top_k, valid_T=tokens.valid_T, settled=self.settled)
         if quoted_E is self.price_E:
             quoted_E = quoted_E.clone()  # whoever keeps the choice keeps its prices, not the next step's
-        rows = self.select_rows(score_TE - quoted_E, tokens)
+        rows = self.select_rows(score_TE, quoted_E, tokens)
         if tokens.valid_T is not None:
             rows = rows._replace(expert_N=rows.expert_N.where(tokens.valid_T[rows.token_N], NOWHERE))
         return self.drop(rows, score_TE, luck_TE, self.top_k, tokens), quoted_E
 
-    def select_rows(self, priced_TE: Tensor, tokens: Tokens) -> Rows:
-        return self.select(priced_TE, self.top_k, tokens)
+    def select_rows(self, score_TE: Tensor, price_E: Tensor, tokens: Tokens) -> Rows:
+        return self.select(score_TE, price_E, self.top_k, tokens)
 
     @torch.no_grad()
     def observe(self, choice: Choice) -> None:

@@ -14,7 +14,7 @@ from routing import kernels, launch
 def compile_one(experts: int, top_k: int, whole: bool) -> Any:
     """With pointers that are multiples of 16, and rows side by side."""
     wide = triton.next_power_of_2(experts)
-    constants = {"PRICED": True, "PADDED": whole, "WHOLE": whole, "NORMALIZED": whole, "TOP_K": top_k, "stride_e": 1}
+    constants = {"PADDED": whole, "WHOLE": whole, "NORMALIZED": whole, "TOP_K": top_k, "stride_e": 1}
     constants |= {"CHOICES": triton.next_power_of_2(top_k), "TOKENS": launch.tokens_at_once(wide), "EXPERTS": wide}
     constants |= {} if whole else {"valid": None, "weight": None, "load": None}
     known = {"score": "*fp32", "price": "*fp32", "valid": "*u8", "expert": "*i64", "weight": "*fp32", "load": "*i64"}
@@ -28,7 +28,13 @@ def compile_one(experts: int, top_k: int, whole: bool) -> Any:
 
 
 def main() -> None:
-    for experts, top_k, whole in ((128, 8, True), (256, 8, False), (60, 4, True), (launch.MOST_EXPERTS, 32, True)):
+    for experts, top_k, whole in (
+        (1, 1, True),
+        (128, 8, True),
+        (256, 8, False),
+        (60, 4, True),
+        (launch.MOST_EXPERTS, 32, True),
+    ):
         binary = compile_one(experts, top_k, whole)
         assert binary.metadata.shared <= 48 << 10, binary.metadata
         assert ("gpu.relaxed.add" in binary.asm["ptx"]) == whole, "only loads are added up"

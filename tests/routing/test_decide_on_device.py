@@ -88,16 +88,17 @@ def test_equals_go_to_the_lowest_expert_and_nan_is_the_greatest(
 ) -> None:
     """Both zeros are equal. Some scores are infinite, as those of groups that are out are."""
     experts, top_k = size
-    score_TE, _ = scores(seed, tokens, experts, device, values)
+    score_TE, price_E = scores(seed, tokens, experts, device, values)
     luck_TE = torch.rand(score_TE.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     score_TE = score_TE.masked_fill(luck_TE < 0.3, -torch.inf).masked_fill(luck_TE > 0.9, -0.0)
     score_TE = score_TE.masked_fill(luck_TE > 0.95, torch.inf if seed % 2 else torch.nan)
     score_TE = score_TE.masked_fill((luck_TE > 0.97) & (luck_TE < 0.98), -torch.nan)
-    want_TK = best_in_order(score_TE, top_k).to(device)
-    assert torch.equal(best_experts(score_TE, top_k), want_TK)
-    torch.testing.assert_close(
-        score_TE.gather(1, want_TK), score_TE.topk(top_k, dim=-1).values, rtol=0, atol=0, equal_nan=True
-    )
+    price_E = price_E if seed % 2 else price_E * 0.0
+    priced_TE = score_TE - price_E
+    want_TK = best_in_order(priced_TE, top_k).to(device)
+    assert torch.equal(best_experts(score_TE, price_E, top_k), want_TK)
+    best_TK = priced_TE.topk(top_k, dim=-1).values
+    torch.testing.assert_close(priced_TE.gather(1, want_TK), best_TK, rtol=0, atol=0, equal_nan=True)
 
 
 @given(
@@ -164,31 +165,33 @@ def test_whatever_else_comes_is_torchs(device: torch.device) -> None:
     """Other types and sizes, subclasses, modes, traces and transformations."""
     score_TE, price_E = torch.randn(6, 20, device=device), torch.zeros(20, device=device)
     assert kernel_takes(score_TE, price_E, 3)
-    assert not kernel_takes(score_TE.bfloat16(), None, 3)
+    assert not kernel_takes(score_TE.bfloat16(), price_E, 3)
     assert not kernel_takes(score_TE, price_E.double(), 3)
-    assert not kernel_takes(torch.nn.Parameter(score_TE), None, 3)
-    assert not kernel_takes(score_TE.to("meta"), None, 3)
-    assert not kernel_takes(score_TE[:0], None, 3)
-    assert not kernel_takes(score_TE.expand(6, 20).repeat(1, 2), None, MOST_K + 1)
-    assert not kernel_takes(torch.zeros(1, MOST_EXPERTS + 1, device=device), None, 1)
+    assert not kernel_takes(torch.nn.Parameter(score_TE), price_E, 3)
+    assert not kernel_takes(score_TE.to("meta"), price_E, 3)
+    assert not kernel_takes(score_TE[:0], price_E, 3)
+    assert not kernel_takes(score_TE.repeat(1, 2), price_E.repeat(2), MOST_K + 1)
+    assert not kernel_takes(score_TE, price_E[:1], 3)
+    wide_TE = torch.zeros(2, MOST_EXPERTS + 1, device=device)
+    assert not kernel_takes(wide_TE, wide_TE[0], 1)
     for wide_TE in (score_TE.bfloat16(), score_TE.double()):
         decision = decide_on_device(wide_TE, price_E, 3, valid_T=torch.ones(6, dtype=torch.bool, device=device))
         assert torch.equal(decision.expert_TK, (wide_TE - price_E).topk(3, dim=-1).indices)
         assert torch.equal(decision.weight_TK, wide_TE.gather(1, decision.expert_TK))
         assert torch.equal(decision.load_E, decision.expert_TK.flatten().bincount(minlength=20))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert not kernel_takes(score_TE, None, 3)
+        assert not kernel_takes(score_TE, price_E, 3)
     want_TK = score_TE.topk(3, dim=-1).indices
     seen: list[bool] = []
 
     def best(row_TE: Tensor) -> Tensor:
-        seen.append(kernel_takes(row_TE, None, 3))
-        return best_experts(row_TE, 3)
+        seen.append(kernel_takes(row_TE, price_E, 3))
+        return best_experts(row_TE, price_E, 3)
 
     assert torch.equal(torch.vmap(best)(score_TE[None])[0], want_TK)
     torch.func.grad(lambda row_TE: row_TE.gather(1, best(row_TE)).sum())(score_TE)
     assert seen == [False, False]
-    assert torch.equal(torch.compile(best_experts, backend="eager", fullgraph=True)(score_TE, 3), want_TK)
+    assert torch.equal(torch.compile(best_experts, backend="eager", fullgraph=True)(score_TE, price_E, 3), want_TK)
 
 
 @pytest.mark.fast
