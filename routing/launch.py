@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from routing.native import is_python_only
+
 DEVICE = "cuda"  # tests say "cpu", where TRITON_INTERPRET=1 was set before Triton was imported
 MOST_K = 32  # each choice is a pass over the experts; for more, torch sorts
 MOST_EXPERTS = 4096  # of a token, as 64-bit numbers in the registers of one program
@@ -54,7 +56,7 @@ def is_plain(*tensors: Tensor) -> bool:
 def kernel_takes(score_TE: Tensor, price_E: Tensor, top_k: int) -> bool:
     """Plain tensors on one GPU, and as many choices and experts as fit; the rest is torch's."""
     device, (tokens, experts) = score_TE.device, score_TE.shape
-    if not is_plain(score_TE, price_E) or device.type != DEVICE or price_E.device != device:
+    if not is_plain(score_TE, price_E) or is_python_only() or device.type != DEVICE or price_E.device != device:
         return False
     fits = tokens > 0 and price_E.shape == (experts,) and experts <= MOST_EXPERTS
     return fits and 1 <= top_k <= min(experts, MOST_K) and _able(device)

@@ -15,11 +15,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from routing import NOWHERE, LossFree, Router, Rows, Sigmoid, TopK, Weigh, decide_on_device, launch, token_major
+from moe import MoE, MoEConfig
+from routing import (
+    NOWHERE,
+    LossFree,
+    Router,
+    Rows,
+    Sigmoid,
+    TopK,
+    Weigh,
+    decide_on_device,
+    launch,
+    python_only,
+    token_major,
+)
 from routing.choice import count_rows
 from routing.launch import MOST_EXPERTS, MOST_K, kernel_takes
 from routing.top_k import best_experts
 from tests.fenced import fenced
+from tests.world import KINDS, run
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
 SIZES = st.sampled_from([(1, 1), (2, 1), (7, 7), (8, 2), (40, 6), (64, 8), (130, 3), (60, MOST_K), (300, 17)])
@@ -152,13 +166,32 @@ def test_a_router_decides_and_learns_alike_with_the_kernel(device: torch.device,
     router.price_E.uniform_(-0.2, 0.2)
     x_TD, valid_T = torch.randn(50, 16, device=device), torch.arange(50, device=device) % 7 > 0
     found = []
-    for kind in (device.type, "no device"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch, "DEVICE", kind)
+    for path in (torch.enable_grad, python_only):
+        with path():
             choice = router(x_TD, valid_T)
             (grad,) = torch.autograd.grad(choice.weight_N.square().sum(), router.weight)
         found.append((choice.expert_N, choice.weight_N, choice.load_E, grad))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_recomputed_with_the_rows_it_had(device: torch.device, kind: str) -> None:
+    """And a top-k of the user's own between two layers is not handed the router's."""
+    grads = []
+    for each in ("none", kind):
+        torch.manual_seed(0)
+        layer = MoE(MoEConfig(dim=8, hidden=8, num_experts=8, top_k=2), device=device)
+        x_TD = torch.randn(12, 8, generator=torch.Generator().manual_seed(3)).to(device).requires_grad_()
+
+        def twice(x_TD: Tensor, layer: MoE = layer) -> Tensor:
+            y_TD = layer(x_TD)
+            out_TD: Tensor = layer(y_TD * y_TD.topk(2, dim=-1).values.sum(dim=-1, keepdim=True))
+            return out_TD
+
+        run(each, twice, x_TD).square().sum().backward()
+        grads.append([x_TD.grad, *(parameter.grad for parameter in layer.parameters())])
+    for plain, again in zip(*grads, strict=True):
+        torch.testing.assert_close(again, plain)
 
 
 def test_whatever_else_comes_is_torchs(device: torch.device) -> None:
@@ -179,6 +212,8 @@ def test_whatever_else_comes_is_torchs(device: torch.device) -> None:
         assert torch.equal(decision.expert_TK, (wide_TE - price_E).topk(3, dim=-1).indices)
         assert torch.equal(decision.weight_TK, wide_TE.gather(1, decision.expert_TK))
         assert torch.equal(decision.load_E, decision.expert_TK.flatten().bincount(minlength=20))
+    with python_only():
+        assert not kernel_takes(score_TE, price_E, 3)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert not kernel_takes(score_TE, price_E, 3)
     want_TK = score_TE.topk(3, dim=-1).indices
