@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -35,9 +36,17 @@ def _kernels() -> ModuleType | None:
 
 @cache
 def _able(device: torch.device) -> bool:
-    return _kernels() is not None and (
-        device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
-    )
+    """Whether it can be built here, tried once: Triton wants a C compiler, and nobody was asked to have one."""
+    try:
+        if _kernels() is None or (
+            device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+        ):  # Ampere
+            return False
+        choose(torch.zeros(1, 2, device=device), torch.zeros(2, device=device), 1)
+    except Exception as failure:
+        warnings.warn(f"torch chooses experts, as Triton cannot: {failure}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def is_plain(*tensors: Tensor) -> bool:

@@ -247,6 +247,25 @@ def test_what_does_not_fit_is_refused_and_without_triton_all_is_torchs(monkeypat
     assert torch.equal(decision.weight_TK.flatten(), weigh(score_TE, rows))
 
 
+@pytest.mark.fast
+def test_where_the_kernel_cannot_be_built_that_is_told_once_and_torch_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(launch, "DEVICE", "cpu")
+    monkeypatch.setattr(launch, "_kernels", object)
+    monkeypatch.setattr(launch, "_launch", fail)
+    score_TE, price_E = torch.randn(6, 20), torch.zeros(20)
+    launch._able.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="torch chooses experts.*Failed to find C compiler"):
+            found = [best_experts(score_TE, price_E, 3)]
+        found.append(best_experts(score_TE, price_E, 3))
+    finally:
+        launch._able.cache_clear()
+    assert all(torch.equal(expert_TK, score_TE.topk(3, dim=-1).indices) for expert_TK in found)
+
+
 def test_the_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     """In a process without the interpreter, for a GPU that need not be there."""
     if launch._kernels() is None:
