@@ -38,9 +38,8 @@ def _kernels() -> ModuleType | None:
 def _able(device: torch.device) -> bool:
     """Whether it can be built here, tried once: Triton wants a C compiler, and nobody was asked to have one."""
     try:
-        if _kernels() is None or (
-            device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-        ):  # Ampere
+        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)  # before Ampere
+        if old or _kernels() is None:
             return False
         choose(torch.zeros(1, 2, device=device), torch.zeros(2, device=device), 1)
     except Exception as failure:

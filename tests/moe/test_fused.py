@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -210,19 +211,30 @@ def test_places_are_counted_in_64_bits(device: torch.device) -> None:
     """Of experts, rows and columns that are far apart, no number of 32 bits is the distance."""
     if device.type != "cpu":
         pytest.skip("what a kernel would touch is seen in the interpreter alone")
+    kernels: Any = launch._kernels()
     source, weight, out = torch.zeros(1), torch.zeros(1), torch.zeros(1)
     index_M, end_A = torch.arange(16) + 2**28, torch.tensor([0, 0, 16], dtype=torch.int32)
     beyond: set[int] = set()
     with fenced(beyond):
-        launch._kernels().times[(1,)](  # type: ignore[union-attr]
+        kernels.times[(1,)](
             source, index_M, weight, None, end_A, out, 3, 1, 2**30, 16, 2**30, 2**29, 1, INDEXED=True, BIASED=False,
             EXPERTS=16, ROWS=16, COLUMNS=32, INNER=16, GROUP=1, WIDE=True,
         )  # fmt: skip
-    k, m, n = (torch.arange(size).tolist() for size in (16, 16, 32))
-    want = {source.data_ptr() + 4 * ((2**28 + i) * 16 + j) for i in m for j in k}
-    want |= {weight.data_ptr() + 4 * (2 * 2**30 + i * 2**29 + j) for i in n for j in k}
-    want |= {out.data_ptr() + 4 * (i * 2**30 + j) for i in m for j in n} - {out.data_ptr()}
-    assert beyond == want
+    few, many = range(16), range(32)
+    want = {source.data_ptr() + 4 * ((2**28 + m) * 16 + k) for m in few for k in few}
+    want |= {weight.data_ptr() + 4 * (2 * 2**30 + n * 2**29 + k) for n in many for k in few}
+    want |= {out.data_ptr() + 4 * (m * 2**30 + n) for m in few for n in many}
+    assert beyond == want - {out.data_ptr()}
+    beyond = set()
+    with fenced(beyond):
+        kernels.outer[(1, 3)](
+            source, index_M, weight, None, end_A, out, 2**15, 2**15, LEFT=True, RIGHT=False, ROWS=16, LEFTS=16,
+            RIGHTS=32, WIDE=True,
+        )  # fmt: skip
+    want = {source.data_ptr() + 4 * ((2**28 + m) * 2**15 + i) for m in few for i in few}
+    want |= {weight.data_ptr() + 4 * (m * 2**15 + j) for m in few for j in many}
+    want |= {out.data_ptr() + 4 * (e * 2**30 + i * 2**15 + j) for e in range(3) for i in few for j in many}
+    assert beyond == want - {weight.data_ptr(), out.data_ptr()}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

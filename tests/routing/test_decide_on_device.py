@@ -131,6 +131,8 @@ def test_weights_loads_and_gradients_are_those_of_weigh_and_of_a_count(
     valid_T = torch.arange(tokens, device=device) % 4 != 1 if padded else None
     logit_TE = logit_TE.detach().requires_grad_()
     score_TE = logit_TE.sigmoid()
+    if seed % 2:  # neighbours lie apart
+        score_TE = torch.stack([score_TE, logit_TE], dim=-1)[..., 0]
     decision = decide_on_device(score_TE, price_E, top_k, valid_T=valid_T, weigh=weigh)
     expert_TK = best_in_order((score_TE - price_E).detach(), top_k).to(device)
     if valid_T is not None:
