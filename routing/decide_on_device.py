@@ -75,7 +75,7 @@ class _Decide(torch.autograd.Function):
         """In torch: K numbers a token, and no two of them in one place, so nothing is sorted or added by atomics."""
         score_TE, expert_TK = ctx.saved_tensors
         there_TK, place_TK = expert_TK != NOWHERE, expert_TK.clamp(min=0)
-        ds_TK = (dweight_TK * ctx.weigh.scale).where(there_TK, 0.0)
+        ds_TK = dweight_TK * ctx.weigh.scale
         if ctx.weigh.normalize:
             s_TK = score_TE.gather(1, place_TK)
             total_T1 = s_TK.sum(dim=-1, keepdim=True) + 1e-20
