@@ -177,6 +177,12 @@ def test_room_without_rows_is_neither_read_nor_computed(device: torch.device) ->
     assert torch.equal(result_MD[:live], short)
     assert all(grad.isfinite().all() for grad in got)
     assert not got[0][live:].any()
+    rows, share = Rows(source_XD.detach(), None), Share(plan.end_A, many)
+    h_MF = torch.randn(many, 48, device=device)
+    pulled = launch.gated_back(rows, stack, share, h_MF, torch.ones(many, device=device))
+    assert pulled.dot_M is not None
+    assert pulled.dot_M.isfinite().all()
+    assert not pulled.dot_M[live:].any()
 
 
 def test_tiles_of_few_rows_suffice_wherever_they_lie(device: torch.device) -> None:
