@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from routing.balancer import Balancer, Unpriced
 from routing.capacity import Drop, Dropless
 from routing.choice import NOWHERE, Choice
+from routing.gate import outside_autocast
 from routing.metrics import mean_score
 from routing.schedule import Sparsify
 from routing.scores import Score, Softmax, at_least_fp32
@@ -132,7 +133,7 @@ class Router(nn.Module):
         )
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with outside_autocast(x_TD):
             return self.score.logits(x_TD, self.weight)
 
     @torch.no_grad()
