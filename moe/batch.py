@@ -67,9 +67,12 @@ def header(
     return head_F
 
 
-def raise_alike(flag_RF: NDArray[np.int64], problem: str | None, rank: int) -> None:
-    """flag_RF: tokens with non-finite logits, refused inputs and ratios that are none, by rank."""
+def raise_alike(flag_RF: NDArray[np.int64], problem: str | Exception | None, rank: int) -> None:
+    """flag_RF: tokens with non-finite logits, choices not made and ratios that are none, by rank. problem: why this
+    rank made none; an exception that is no ValueError is raised here as it is, while the others get one."""
     if (refused := np.flatnonzero(flag_RF[:, 1])).size:
+        if isinstance(problem, Exception) and not isinstance(problem, ValueError):
+            raise problem
         ranks = ", ".join(map(str, refused.tolist()))
         raise ValueError(f"bad input on rank {ranks}: {problem or f'all ranks stop with it (this is rank {rank})'}")
     if (bad := np.flatnonzero(flag_RF[:, 0])).size:
@@ -94,5 +97,5 @@ def raise_if_unlike(learning_R: NDArray[np.int64]) -> None:
 
 
 def _count_nonfinite(choice: Choice) -> Tensor:
-    bad_T = ~choice.logit_TE.detach().isfinite().all(dim=-1)
+    bad_T = (choice.logit_TE.detach() * 0).sum(dim=-1) != 0  # not finite, times zero, is NaN
     return (bad_T if choice.valid_T is None else bad_T & choice.valid_T).sum()

@@ -28,6 +28,7 @@ from moe.trip import Add
 from routing import Assignment, Choice, at_least_fp32
 
 IntArray = NDArray[np.int64]
+_FEW = 4096
 
 
 def add_rows(row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
@@ -68,11 +69,13 @@ class Dispatch:
     @classmethod
     def of(cls, choice: Choice, assignment: Assignment, active: Sequence[int], peers: Peers) -> Self:
         """active: the experts this rank computes, in order. Tables are made on the host, indices on the device."""
+        if peers.size == 1 and list(active) == sorted(active):
+            return cls._alone(choice, assignment.count_RE[0], active, peers)
         sent_RE, recv_RE = assignment.sent_by(peers.rank), assignment.received_by(peers.rank)
         count_E = assignment.count_RE[peers.rank]
         segments, recv_AR = _segments(sent_RE, recv_RE, count_E, active, peers.rank)
         nowhere = choice.token_N.numel() - int(count_E.sum())  # such rows sort before expert 0
-        by_expert_N = choice.expert_N.argsort(stable=True)
+        by_expert_N = _by_expert(choice)
         go, stay, place_stay, place_guest = _spread(segments, choice.token_N.device)
         row_G, row_O = by_expert_N[go + nowhere], by_expert_N[stay + nowhere]
         num_rows, tokens, device = int(recv_AR.sum()), choice.num_tokens, choice.token_N.device
@@ -96,6 +99,31 @@ class Dispatch:
             send_R=tuple((sent_RE.sum(axis=1) * others).tolist()),
             recv_R=tuple((recv_RE.sum(axis=1) * others).tolist()),
             rows_A=tuple(recv_AR.sum(axis=1).tolist()),
+            num_tokens=choice.num_tokens,
+            top_k=choice.top_k,
+            peers=peers,
+        )
+
+    @classmethod
+    def _alone(cls, choice: Choice, count_E: IntArray, active: Sequence[int], peers: Peers) -> Self:
+        """Of one rank alone, whose experts lie in order: every row stays."""
+        by_expert_N, num_rows = _by_expert(choice), int(count_E.sum())
+        row_O = by_expert_N[len(by_expert_N) - num_rows :]
+        place_O = torch.arange(num_rows, device=row_O.device)
+        none = row_O[:0]
+        return cls(
+            token_N=choice.token_N,
+            row_G=none,
+            row_O=row_O,
+            place_O=place_O,
+            place_H=none,
+            token_G=none,
+            index_M=choice.token_N.index_select(0, row_O),
+            place_N=torch.full_like(choice.token_N, num_rows).index_copy_(0, row_O, place_O),
+            room=int(num_rows < len(by_expert_N)),
+            send_R=(0,),
+            recv_R=(0,),
+            rows_A=tuple(count_E[list(active)].tolist()),
             num_tokens=choice.num_tokens,
             top_k=choice.top_k,
             peers=peers,
@@ -199,6 +227,12 @@ def _unpack(packed_GD: Tensor, scalar: Tensor) -> tuple[Tensor, Tensor]:
     return packed_GD[:, :width], scalar_G1.squeeze(1)
 
 
+def _by_expert(choice: Choice) -> Tensor:
+    """The rows in the order of their experts, first those that go nowhere. Short numbers are sorted much sooner."""
+    short = choice.num_experts <= torch.iinfo(torch.int16).max
+    return (choice.expert_N.to(torch.int16) if short else choice.expert_N).argsort(stable=True)
+
+
 def upload(arrays: Sequence[Sequence[int] | IntArray], device: torch.device) -> list[Tensor]:
     """Whole numbers to the device in one copy, which the host does not wait for."""
     whole: list[IntArray] = [np.asarray(array, dtype=np.int64) for array in arrays]
@@ -232,7 +266,10 @@ def _segments(
 
 
 def _spread(segments: Sequence[tuple[IntArray, IntArray]], device: torch.device) -> list[Tensor]:
-    """(start, length) of each run -> start, start + 1, ..., start + length - 1 of all runs, on the device."""
+    """(start, length) of each run -> start, start + 1, ..., start + length - 1 of all runs, on the device. Few numbers
+    are written out here, of many the runs alone travel."""
+    if sum(int(length.sum()) for _, length in segments) <= _FEW:
+        return upload([_written_out(start, length) for start, length in segments], device)
     tables: list[IntArray] = []
     for start, length in segments:
         kept = np.flatnonzero(length)
@@ -245,3 +282,9 @@ def _spread(segments: Sequence[tuple[IntArray, IntArray]], device: torch.device)
         shift.repeat_interleave(length, output_size=total) + torch.arange(total, device=device) if total else length
         for shift, length, total in zip(shift_and_length[::2], shift_and_length[1::2], totals)
     ]
+
+
+def _written_out(start: IntArray, length: IntArray) -> IntArray:
+    before: IntArray = length.cumsum() - length
+    written: IntArray = np.repeat(start - before, length) + np.arange(int(length.sum()))
+    return written

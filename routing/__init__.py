@@ -15,6 +15,7 @@ from routing.dual import dual_change, dual_gap, dual_value, kept_score
 from routing.expert_choice import ExpertChoice
 from routing.flow_on_device import flow_on_device
 from routing.forced import ForcedRouter, forced_experts
+from routing.gate import outside_autocast
 from routing.interior import optimize
 from routing.least_loaded import BreakEven, LeastLoaded, Worth
 from routing.least_loaded_on_device import LeastLoadedOnDevice
@@ -109,6 +110,7 @@ __all__ = [
     "kept_score",
     "max_vio",
     "optimize",
+    "outside_autocast",
     "over_layers",
     "python_only",
     "rank_peak",

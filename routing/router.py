@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from routing.balancer import Balancer, Unpriced
 from routing.capacity import Drop, Dropless
 from routing.choice import NOWHERE, Choice
+from routing.gate import outside_autocast
 from routing.metrics import mean_score
 from routing.schedule import Sparsify
 from routing.scores import Score, Softmax, at_least_fp32
@@ -132,7 +133,7 @@ class Router(nn.Module):
         )
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with outside_autocast(x_TD):
             return self.score.logits(x_TD, self.weight)
 
     @torch.no_grad()
@@ -185,7 +186,9 @@ class Router(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Prices of another balancer are welcome; the statistics of its unfinished step mean nothing to this one. All
-        of them: tokens whose scores it did not see must not count, either."""
+        of them: tokens whose scores it did not see must not count, either. They are known by their names and shapes:
+        those of a Quantile with another reach, or of EdgeQuantile, pass for one's own. That makes the next prices less
+        good, and those after them as good as ever; nothing is saved with them that would tell."""
         wanted = {prefix + _STAT + name: stat for name, stat in self.stats.items()}
         saved = [key for key in state_dict if key.startswith(prefix + _STAT)]
         if {key: state_dict[key].shape for key in saved} != {key: stat.shape for key, stat in wanted.items()}:

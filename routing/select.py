@@ -104,5 +104,5 @@ class TopK:
 def token_major(expert_TK: Tensor) -> Rows:
     """expert_TK as rows, K for each token, in token order."""
     num_tokens, top_k = expert_TK.shape
-    token_N = repeat(torch.arange(num_tokens, device=expert_TK.device), "t -> (t k)", k=top_k)
-    return Rows(token_N, rearrange(expert_TK, "t k -> (t k)"), top_k)
+    token_T1 = torch.arange(num_tokens, device=expert_TK.device)[:, None]
+    return Rows(token_T1.expand(-1, top_k).reshape(-1), expert_TK.reshape(-1), top_k)
