@@ -1,7 +1,7 @@
 """Decide on the device: experts, weights and loads from scores and prices, in one kernel where Triton has a GPU.
 
-The Router takes its top-k from the same kernel, through `best_experts`, and weighs with Weigh, since between the two
-rows may be dropped or replayed. This is for whoever does neither.
+A Router with TopK(fused=True) takes its top-k from the same kernel, and weighs with Weigh, since between the two rows
+may be dropped or replayed. This is for whoever does neither.
 """
 
 from __future__ import annotations

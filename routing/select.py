@@ -60,16 +60,19 @@ class Select(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """Each token takes its top_k best experts. Among equals, whichever torch.topk prefers on that device; on a GPU with
-    Triton the lowest.
+    """Each token takes its top_k best experts. Among equals, whichever torch.topk prefers on that device.
 
     groups > 1 limits a token to the experts of its `keep` best groups, a group being num_experts / groups neighbours. A
     group is worth its best expert ("max") or its two best together ("top2sum").
+
+    fused: prices and top-k in one Triton kernel, fp32 on GPUs from Ampere on where Triton is, which takes the lowest of
+    equals. No GPU has run it yet.
     """
 
     groups: int = 1
     keep: int = 1
     worth: Literal["max", "top2sum"] = "max"
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.keep <= self.groups:
@@ -88,7 +91,7 @@ class TopK:
     def __call__(self, score_TE: Tensor, price_E: Tensor, top_k: int, tokens: Tokens) -> Rows:
         if self.keep < self.groups:
             score_TE = self._keep_best_groups(score_TE, price_E)
-        return token_major(best_experts(score_TE, price_E, top_k))
+        return token_major(best_experts(score_TE, price_E, top_k, self.fused))
 
     def _keep_best_groups(self, score_TE: Tensor, price_E: Tensor) -> Tensor:
         """-inf outside the best groups. (Zero could win against what others score less their prices.)"""

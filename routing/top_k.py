@@ -1,8 +1,8 @@
-"""The K best experts of each token by score less price: torch.topk, and sooner where compiled or in Triton.
+"""The K best experts of each token by score less price: torch.topk, and sooner where compiled, or asked of Triton.
 
 top_k.cpp knows no order among equals. A token that has some where it matters, or a NaN, is torch's to decide, so both
-paths choose the same to the bit. On a GPU, where torch.topk promises nothing of equals, Triton's kernel takes the
-lowest.
+paths choose the same to the bit. Triton's kernel takes the lowest of equals, of which torch.topk promises nothing on a
+GPU; no GPU has run it yet, so nobody gets it unasked.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from routing.native import DECIDERS
 MOST_K = 16  # top_k.cpp has as many registers
 
 
-def best_experts(score_TE: Tensor, price_E: Tensor, top_k: int) -> Tensor:
-    """-> expert_TK, best first; among equals, whichever torch.topk prefers on that device, and in Triton the lowest"""
-    if launch.kernel_takes(score_TE, price_E, top_k):
+def best_experts(score_TE: Tensor, price_E: Tensor, top_k: int, fused: bool = False) -> Tensor:
+    """-> expert_TK, best first; among equals, whichever torch.topk prefers on that device.
+
+    fused: by Triton's kernel where it can, which takes the lowest of equals.
+    """
+    if fused and launch.kernel_takes(score_TE, price_E, top_k):
         return launch.choose(score_TE, price_E, top_k)
     plain = launch.is_plain(score_TE, price_E) and score_TE.device.type == price_E.device.type == "cpu"
     fits = len(score_TE) > 0 and 1 <= top_k <= min(MOST_K, score_TE.shape[1]) and price_E.shape == score_TE.shape[1:]

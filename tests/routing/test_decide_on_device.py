@@ -21,6 +21,7 @@ from routing import (
     LossFree,
     Router,
     Sigmoid,
+    Tokens,
     TopK,
     Weigh,
     decide_on_device,
@@ -109,7 +110,7 @@ def test_equals_go_to_the_lowest_expert_and_nan_is_the_greatest(
     price_E = price_E if seed % 2 else price_E * 0.0
     priced_TE = score_TE - price_E
     want_TK = best_in_order(priced_TE, top_k).to(device)
-    assert torch.equal(best_experts(score_TE, price_E, top_k), want_TK)
+    assert torch.equal(best_experts(score_TE, price_E, top_k, fused=True), want_TK)
     best_TK = priced_TE.topk(top_k, dim=-1).values
     torch.testing.assert_close(priced_TE.gather(1, want_TK), best_TK, rtol=0, atol=0, equal_nan=True)
 
@@ -160,7 +161,7 @@ def test_a_loss_of_the_scores_and_one_of_the_weights_add_up(device: torch.device
     assert not decision.expert_TK.requires_grad
 
 
-@pytest.mark.parametrize("select", [TopK(), TopK(groups=4, keep=2, worth="top2sum")], ids=str)
+@pytest.mark.parametrize("select", [TopK(fused=True), TopK(groups=4, keep=2, worth="top2sum", fused=True)], ids=str)
 def test_a_router_decides_and_learns_alike_with_the_kernel(device: torch.device, select: TopK) -> None:
     torch.manual_seed(0)
     router = Router(16, 24, 4, score=Sigmoid(), select=select, balancer=LossFree(step=1e-3)).to(device)
@@ -181,7 +182,7 @@ def test_a_layer_is_recomputed_with_the_rows_it_had(device: torch.device, kind: 
     grads = []
     for each in ("none", kind):
         torch.manual_seed(0)
-        layer = MoE(MoEConfig(dim=8, hidden=8, num_experts=8, top_k=2), device=device)
+        layer = MoE(MoEConfig(dim=8, hidden=8, num_experts=8, top_k=2, select=TopK(fused=True)), device=device)
         x_TD = torch.randn(12, 8, generator=torch.Generator().manual_seed(3)).to(device).requires_grad_()
 
         def twice(x_TD: Tensor, layer: MoE = layer) -> Tensor:
@@ -222,12 +223,14 @@ def test_whatever_else_comes_is_torchs(device: torch.device) -> None:
 
     def best(row_TE: Tensor) -> Tensor:
         seen.append(kernel_takes(row_TE, price_E, 3))
-        return best_experts(row_TE, price_E, 3)
+        return best_experts(row_TE, price_E, 3, fused=True)
 
     assert torch.equal(torch.vmap(best)(score_TE[None])[0], want_TK)
     torch.func.grad(lambda row_TE: row_TE.gather(1, best(row_TE)).sum())(score_TE)
     assert seen == [False, False]
-    assert torch.equal(torch.compile(best_experts, backend="eager", fullgraph=True)(score_TE, price_E, 3), want_TK)
+    assert torch.equal(
+        torch.compile(best_experts, backend="eager", fullgraph=True)(score_TE, price_E, 3, True), want_TK
+    )
 
 
 @pytest.mark.fast
@@ -260,11 +263,24 @@ def test_where_the_kernel_cannot_be_built_that_is_told_once_and_torch_decides(mo
     launch._able.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="torch chooses experts.*Failed to find C compiler"):
-            found = [best_experts(score_TE, price_E, 3)]
-        found.append(best_experts(score_TE, price_E, 3))
+            found = [best_experts(score_TE, price_E, 3, fused=True)]
+        found.append(best_experts(score_TE, price_E, 3, fused=True))
     finally:
         launch._able.cache_clear()
     assert all(torch.equal(expert_TK, score_TE.topk(3, dim=-1).indices) for expert_TK in found)
+
+
+@pytest.mark.fast
+def test_nobody_gets_the_kernel_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+    monkeypatch.setattr(launch, "DEVICE", "cpu")
+    monkeypatch.setattr(launch, "_able", lambda device: True)
+    monkeypatch.setattr(launch, "choose", lambda score_TE, price_E, top_k: asked.append(score_TE) or score_TE)
+    score_TE, price_E = torch.randn(6, 20), torch.zeros(20)
+    for select in (TopK(), TopK(fused=True)):
+        assert not asked
+        select(score_TE, price_E, 3, Tokens(None, 6))
+    assert asked
 
 
 def test_the_kernel_compiles_for_hopper(tmp_path: Path) -> None:
