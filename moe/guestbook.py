@@ -30,6 +30,7 @@ class Guestbook:
         self._held_R: list[dict[int, None]] = [{} for _ in range(peers.size)]
         self._guests: dict[int, list[Tensor]] = {}
         self._version: int | None = None
+        self._dtype: torch.dtype | None = None
 
     def problem(self, weights: Sequence[Tensor | None]) -> str | None:
         """What is wrong with this rank's weights, if anything."""
@@ -45,7 +46,10 @@ class Guestbook:
         self._held_R = [{} for _ in range(self.peers.size)]
         self._guests, self._version = {}, None
 
-    def admit(self, loans: Sequence[Loan], ids: Sequence[int]) -> Guests:
+    def admit(self, loans: Sequence[Loan], ids: Sequence[int], dtype: torch.dtype) -> Guests:
+        """dtype: in which the experts compute. Guests that came in another do not stay."""
+        if dtype != self._dtype:
+            self._held_R, self._guests, self._dtype = [{} for _ in range(self.peers.size)], {}, dtype
         new = [loan for loan in loans if loan.expert not in self._held_R[loan.borrower]]
         for rank, held in enumerate(self._held_R):
             for expert in visitors(loans, rank):

@@ -17,7 +17,7 @@ from moe.census import Pool
 from moe.comm import Group, Lending, Peers, gather_counts, tie, visitors
 from moe.config import MoEConfig
 from moe.dispatch import Dispatch, upload
-from moe.experts import Experts, Shared
+from moe.experts import Experts, Shared, compute_dtype
 from moe.guestbook import Guestbook
 from moe.guests import Guests, Nobody
 from moe.levy import Levies, Slip
@@ -111,7 +111,8 @@ class MoE(nn.Module):
         self._replays.keep(step)
 
         x_TD = _joining_in(batch.x_TD, step.grad_wanted)
-        y_TD: Tensor = self.experts(x_TD, choice.weight_N, step.dispatch, self._weights(), self._guests(step.loans))
+        guests = self._guests(step.loans, compute_dtype(x_TD))
+        y_TD: Tensor = self.experts(x_TD, choice.weight_N, step.dispatch, self._weights(), guests)
         if self.shared is not None:
             y_TD = y_TD + self._shared(self.shared, batch.x_TD, batch.valid_T)
         if step.slip is not None:
@@ -264,11 +265,11 @@ class MoE(nn.Module):
         empty: dict[str, Tensor | None] = {"up_bias": None, "down_bias": None}
         return Stack(**(empty | dict(zip(names, weights))))  # type: ignore[arg-type]
 
-    def _guests(self, loans: tuple[Loan, ...]) -> Guests:
+    def _guests(self, loans: tuple[Loan, ...], dtype: torch.dtype) -> Guests:
         if not loans:
             return Nobody()
         if self.guestbook is not None:
-            return self.guestbook.admit(loans, self.experts.expert_ids)
+            return self.guestbook.admit(loans, self.experts.expert_ids, dtype)
         return self.config.guests(Lending.of(loans, self.experts.expert_ids, self.peers))
 
 

@@ -168,6 +168,26 @@ def _afterwards() -> bool:
     return torch.equal(layer(_tokens()), -before)
 
 
+def test_guests_do_not_stay_for_a_step_in_another_type(world: Worlds) -> None:
+    for same, loans in world(2).run(_two_types):
+        assert same
+        assert loans > 0
+
+
+def _two_types() -> tuple[bool, int]:
+    layer, x_TD, loans = _layer(CONFIG).float(), _tokens().float(), []
+    layer.observe(lambda choice, assignment: loans.append(len(assignment.loans(layer.placement))))
+
+    def step(narrow: bool) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            return layer(x_TD)  # type: ignore[no-any-return]
+
+    want = [step(narrow) for narrow in (True, False, True)]
+    with lasting_visits(layer):
+        got = [step(narrow) for narrow in (True, False, True)]
+    return all(torch.equal(left, right) for left, right in zip(got, want, strict=True)), min(loans)
+
+
 @pytest.mark.fast
 def test_lasting_visits_refuse_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="most=0"), lasting_visits(MoE(CONFIG), most=0):
