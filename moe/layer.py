@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
-from moe.batch import Batch, header, problem_of, raise_alike, raise_if_unlike
+from moe.batch import Batch, header, manner, problem_of, raise_alike, raise_if_unlike
 from moe.broadcast import keep_from_broadcast
 from moe.census import Pool
 from moe.comm import Group, Lending, Peers, gather_counts, tie, visitors
@@ -200,15 +200,15 @@ class MoE(nn.Module):
             except ValueError as refusal:  # of a selector that wants to know more
                 problem = str(refusal)
         with _disable_current_modes():  # selective checkpointing must not save what a replay will not run again
-            table = gather_counts(
-                header(choice, ratio, x.requires_grad, self.router.price_E, self._learning()), self.peers
-            )
+            told = manner(self.experts.parameters(), self.router, compute_dtype(x))
+            table = gather_counts(header(choice, ratio, x.requires_grad, self.router.price_E, told), self.peers)
+            grad_wanted = bool(table[:, -1].any())
             raise_alike(table[:, self.config.num_experts :], problem, self.peers.rank)
             assert choice is not None
             assignment = self.config.assigner(table[:, : self.config.num_experts].copy(), self.placement)
             loans = assignment.loans(self.placement)
-            if loans:
-                raise_if_unlike(table[:, -2])
+            moving = bool(loans) or self.placement.slots > self.placement.num_experts
+            raise_if_unlike(table[:, -2], moving=moving, grad_wanted=grad_wanted)
             active = [*self.experts.expert_ids, *visitors(loans, self.peers.rank)]
             dispatch = Dispatch.of(choice, assignment, active, self.peers)
             pool_E, slip = self._observe(choice, assignment)
@@ -217,7 +217,7 @@ class MoE(nn.Module):
             assignment=assignment,
             loans=loans,
             dispatch=dispatch,
-            grad_wanted=bool(table[:, -1].any()) if torch.is_grad_enabled() else None,
+            grad_wanted=grad_wanted if torch.is_grad_enabled() else None,
             pool_E=pool_E,
             slip=slip,
         )
@@ -250,11 +250,6 @@ class MoE(nn.Module):
             return shared(x_TD)  # type: ignore[no-any-return]
         real_T1 = valid_T[:, None]
         return shared(x_TD.where(real_T1, 0.0)).where(real_T1, 0.0)  # type: ignore[no-any-return]
-
-    def _learning(self) -> int:
-        """A bit for each of the experts' weights that wants a gradient."""
-        weights = enumerate(self.experts.parameters())
-        return sum(1 << bit for bit, weight in weights if weight.requires_grad and torch.is_grad_enabled())
 
     def _weights(self) -> Stack:
         """The experts at home, of which copies elsewhere share their gradients."""

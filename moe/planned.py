@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from moe.batch import Batch, problem_of
+from moe.batch import Batch, bad_of, manner, problem_of, raise_if_unlike
 from moe.broadcast import keep_from_broadcast
 from moe.comm import Group, Peers, gather_counts, gather_table
 from moe.compute import Fused, Grouped
@@ -110,7 +110,7 @@ class Planned(MoE):
         batch, step = Batch.of(x, valid, ratio), self._steps.find()
         choice = self._route(batch, None if step is None else step.rows)
         if step is None:
-            step = self._planned(choice)
+            step = self._planned(choice, manner(self.experts.parameters(), self.router, compute_dtype(batch.x_TD)))
         self._steps.keep(step)
         x_TD = batch.x_TD
         if torch.is_grad_enabled() and not x_TD.requires_grad:
@@ -139,10 +139,10 @@ class Planned(MoE):
         raise ValueError("the peers of a Planned layer stay, for its messages have fixed sizes; use MoE")
 
     @torch.no_grad()
-    def _planned(self, choice: Choice) -> _Step:
+    def _planned(self, choice: Choice, own: int) -> _Step:
         if choice.top_k is None:
             raise ValueError(f"Planned takes a top-k choice; {self.config.select} makes another: use MoE")
-        self._open(choice)
+        self._open(choice, own)
         device, num_experts = choice.expert_N.device, self.config.num_experts
         if self._homes is None or self._homes[0] is not self.placement or self._homes[1].home_E.device != device:
             _refuse_copies(self.placement)
@@ -161,13 +161,16 @@ class Planned(MoE):
             self.router.observe(choice)
         return _Step(Rows(choice.token_N, choice.expert_N, choice.top_k, choice.wanted_N), fixed)
 
-    def _open(self, choice: Choice) -> None:
-        """The first call: have all ranks as many tokens? From then on their number stands."""
+    def _open(self, choice: Choice, own: int) -> None:
+        """The first call: have all ranks as many tokens, and one manner? own: this rank's. From then on both stand."""
         if not self.num_tokens:
-            told = torch.tensor([choice.num_tokens], device=choice.expert_N.device)
-            tokens_R = gather_counts(told, self.peers)[:, 0].tolist()
-            if len(set(tokens_R)) > 1 or not tokens_R[0]:
-                raise ValueError(f"Planned needs equally many tokens on every rank, at least 1; got {tokens_R}")
+            told = torch.tensor([choice.num_tokens, own], device=choice.expert_N.device)
+            tokens_R, manner_R = gather_counts(told, self.peers).T
+            if len(set(tokens_R.tolist())) > 1 or not tokens_R[0]:
+                raise ValueError(
+                    f"Planned needs equally many tokens on every rank, at least 1; got {tokens_R.tolist()}"
+                )
+            raise_if_unlike(manner_R, moving=self.capacity.visits != 0, grad_wanted=True)
             self.num_tokens = choice.num_tokens
         if choice.num_tokens != self.num_tokens:
             raise ValueError(f"{choice.num_tokens} tokens; this layer was first called with {self.num_tokens}: pad")

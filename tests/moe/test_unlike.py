@@ -1,0 +1,79 @@
+"""What is unlike between ranks that must be alike: one error on every rank, and none of them waits for another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe import Grouped, MoE, MoEConfig, Planned, World
+from placement import Placement
+from routing import NearestCopy
+from tests.world import tokens
+
+Worlds = Callable[[int], World]
+COPIES = Placement(expert_RS=[[0, 1, 2], [2, 3, 0]])
+WRONG = {
+    "autocast": "ranks [1] compute in torch.bfloat16, rank 0 in torch.float32",
+    "experts that have copies": "other weights of the experts learn on ranks [1] than on rank 0",
+    "experts of Planned": "other weights of the experts learn on ranks [1] than on rank 0",
+    "router": "the router, or every weight, is frozen on ranks [1] and not on rank 0",
+    "whole numbers": "bad input on rank 1",
+    "refused type": "a grouped matmul takes fp32, bf16 or fp16",
+}
+
+
+def layer_of(kind: type[MoE] = MoE, placement: Placement | None = None, **settings: Any) -> MoE:
+    torch.manual_seed(0)
+    config = MoEConfig(**({"dim": 8, "hidden": 16, "num_experts": 4, "top_k": 1} | settings))
+    dtype = torch.float64 if "compute" in settings else torch.float32
+    return kind(config, dist.group.WORLD, placement, dtype=dtype)
+
+
+def my_tokens() -> Tensor:
+    return tokens(8, [6] * dist.get_world_size(), 1.0, torch.float32)[dist.get_rank()]
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_unlike_on_one_rank_is_an_error_on_all(world: Worlds, what: str) -> None:
+    messages = world(2).run(_unlike, what)
+    assert all(message.startswith(WRONG[what]) for message in messages), messages
+
+
+def _unlike(what: str) -> str:
+    odd, x = dist.get_rank() == 1, my_tokens()
+    if what == "experts of Planned":
+        layer = layer_of(Planned)
+    elif what == "experts that have copies":
+        layer = layer_of(placement=COPIES, assigner=NearestCopy())
+    elif what == "refused type":
+        layer, x = layer_of(num_experts=1, compute=Grouped()), x.double()
+    else:
+        layer = layer_of()
+    if odd and what.startswith("experts"):
+        layer.experts.up.requires_grad_(False)
+    if odd and what == "router":
+        layer.router.requires_grad_(False)
+    if odd and what == "whole numbers":
+        x = x.long()
+    narrow = what == "whole numbers" or (odd and what == "autocast")
+    with pytest.raises(ValueError) as caught, torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        layer(x).sum().backward()
+    dist.barrier()
+    return str(caught.value)
+
+
+def test_weights_may_be_frozen_on_some_ranks_alone_where_nobody_waits_for_them(world: Worlds) -> None:
+    assert world(2).run(_frozen_alone) == [[True, True, True], [True, False, False]]
+
+
+def _frozen_alone() -> list[bool]:
+    layer = layer_of()
+    if dist.get_rank() == 1:
+        layer.experts.requires_grad_(False)
+    layer(my_tokens()).sum().backward()  # the router takes every rank along
+    return [weight.grad is not None for weight in layer.parameters()]
