@@ -78,14 +78,14 @@ def header(
 
 
 def raise_alike(flag_RF: NDArray[np.int64], problem: str | None, rank: int) -> None:
-    """flag_RF: tokens with non-finite logits, refused inputs and ratios that are none, by rank."""
+    """flag_RF: bad tokens, refused inputs and ratios that are none, by rank."""
     if (refused := np.flatnonzero(flag_RF[:, 1])).size:
         ranks = ", ".join(map(str, refused.tolist()))
         raise ValueError(f"bad input on rank {ranks}: {problem or f'all ranks stop with it (this is rank {rank})'}")
     if (bad := np.flatnonzero(flag_RF[:, 0])).size:
         raise ValueError(
-            f"NaN or Inf in the router's logits: {flag_RF[bad, 0].tolist()} tokens on ranks {bad.tolist()}; "
-            f"look for it in the layer's input and in router.weight"
+            f"NaN or Inf in the router's logits or prices: {flag_RF[bad, 0].tolist()} tokens on ranks {bad.tolist()}; "
+            f"look for it in the layer's input, in router.weight and in router.price_E"
         )
     if (bad := np.flatnonzero(flag_RF[:, 2])).size:
         raise ValueError(

@@ -8,7 +8,7 @@ captured as a CUDA graph. The price is room: see Capacity. No GPU has run it yet
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from moe.recompute import Replays
 from moe.stack import Stack
 from moe.swap import guard, swap, visit_all
 from placement import Placement
-from routing import Choice, LeastLoadedOnDevice, Rows, at_least_fp32
+from routing import NOWHERE, Choice, LeastLoadedOnDevice, Rows, at_least_fp32
 
 
 class CapacityError(RuntimeError):
@@ -125,7 +125,7 @@ class Planned(MoE):
         over, bad = self.trouble_F.tolist()
         self.trouble_F.zero_()
         if bad:
-            raise CapacityError(f"NaN or Inf in the router's logits of {bad} tokens since the last check")
+            raise CapacityError(f"NaN or Inf in the router's logits or prices of {bad} tokens since the last check")
         if over:
             raise CapacityError(
                 f"{over} steps since the last check did not fit {self.capacity}, and gave NaN; give it more room, or "
@@ -148,9 +148,7 @@ class Planned(MoE):
             _refuse_copies(self.placement)
             self._homes = self.placement, Homes.of(self.placement, device)
         homes = self._homes[1]
-        bad_T = ~choice.logit_TE.detach().isfinite().all(dim=-1)
-        bad = (bad_T if choice.valid_T is None else bad_T & choice.valid_T).sum()
-        table = gather_table(torch.cat([choice.load_E, bad[None]]), self.peers)
+        table = gather_table(torch.cat([choice.load_E, bad_of(choice, self.router.price_E)[None]]), self.peers)
         count_RE, bad = table[:, :num_experts], table[:, num_experts].sum()
         room = self.capacity.room(choice.num_tokens * choice.top_k, self.plan, self.placement, self.peers.rank)
         quota_RE = self.plan(count_RE, homes.home_E)
@@ -158,7 +156,7 @@ class Planned(MoE):
         self.trouble_F += torch.stack([fixed.over.long(), bad])
         keep_from_broadcast()
         if self.training:
-            self.router.observe(choice)
+            self.router.observe(_if_sound(choice, bad == 0))
         return _Step(Rows(choice.token_N, choice.expert_N, choice.top_k, choice.wanted_N), fixed)
 
     def _open(self, choice: Choice, own: int) -> None:
@@ -229,6 +227,15 @@ class Planned(MoE):
 def _refuse_copies(placement: Placement) -> None:
     if placement.slots != placement.num_experts or not all(placement.homed_R):
         raise ValueError("Planned takes one copy of each expert, and an expert or more on each rank; use MoE")
+
+
+def _if_sound(choice: Choice, sound: Tensor) -> Choice:
+    """The choice, or if not sound one of padding alone: a NaN would stay in the prices for ever, and has no place in a
+    histogram."""
+    expert_N, wanted_N = choice.expert_N.where(sound, NOWHERE), choice.wanted_N.where(sound, NOWHERE)
+    valid_T = sound.expand(choice.num_tokens) if choice.valid_T is None else choice.valid_T & sound
+    score_TE, price_E = choice.score_TE.detach().where(sound, 0.0), choice.price_E.where(sound, 0.0)
+    return replace(choice, expert_N=expert_N, wanted_N=wanted_N, score_TE=score_TE, price_E=price_E, valid_T=valid_T)
 
 
 def _times(row_MD: Tensor, stack: Stack, weight: Tensor, bias: Tensor | None, fixed: Fixed) -> Tensor:
