@@ -226,7 +226,7 @@ class MoE(nn.Module):
     def _observe(self, choice: Choice, assignment: Assignment) -> tuple[Tensor | None, Slip | None]:
         """Tell whoever wants to know of a choice: in training the router's statistics and the losses, always those who
         asked. A census only counts. -> what the losses need"""
-        keep_from_broadcast()
+        keep_from_broadcast(self.peers)
         pool_E, slip = None, None
         if self.pool.counting or (self.training and self.levies.pooled):
             group_E = upload([assignment.count_RE.sum(axis=0)], choice.expert_N.device)[0]

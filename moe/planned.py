@@ -154,7 +154,7 @@ class Planned(MoE):
         quota_RE = self.plan(count_RE, homes.home_E)
         fixed = Fixed.of(choice, count_RE, quota_RE, homes, room, self.peers.rank)
         self.trouble_F += torch.stack([fixed.over.long(), bad])
-        keep_from_broadcast()
+        keep_from_broadcast(self.peers)
         if self.training:
             self.router.observe(_if_sound(choice, bad == 0))
         return _Step(Rows(choice.token_N, choice.expert_N, choice.top_k, choice.wanted_N), fixed)

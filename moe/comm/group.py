@@ -82,6 +82,12 @@ class Peers:
             raise ValueError(f"rank {dist.get_rank()} is not in the group it was given; give each rank its own group")
         return cls(group=group, rank=rank, size=dist.get_world_size(group))
 
+    def meet(self, group: dist.ProcessGroup) -> bool:
+        """Are two or more of these ranks in that group?"""
+        if self.group is None:
+            return False
+        return len(set(dist.get_process_group_ranks(self.group)) & set(dist.get_process_group_ranks(group))) > 1
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Peers:
         return self
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from moe import Grouped, MoE, MoEConfig, Planned, World
+from moe import Grouped, MoE, MoEConfig, Planned, World, leave_experts_alone
 from placement import Placement
 from routing import NearestCopy
 from tests.world import tokens
@@ -77,3 +78,33 @@ def _frozen_alone() -> list[bool]:
         layer.experts.requires_grad_(False)
     layer(my_tokens()).sum().backward()  # the router takes every rank along
     return [weight.grad is not None for weight in layer.parameters()]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_ddp_that_would_make_experts_equal_is_an_error(world: Worlds, told: bool) -> None:
+    assert world(2).run(_under_ddp, told) == ["" if told else "DistributedDataParallel took '1.experts.up'"] * 2
+
+
+def _under_ddp(told: bool) -> str:
+    net = nn.Sequential(nn.Linear(8, 8), layer_of())
+    return _start_of_error(DistributedDataParallel(leave_experts_alone(net) if told else net))
+
+
+def test_ddp_may_average_experts_over_the_ranks_that_hold_the_same(world: Worlds) -> None:
+    assert world(4).run(_twins) == [""] * 4
+
+
+def _twins() -> str:
+    rank = dist.get_rank()
+    shared, twins = [dist.new_group([0, 1]), dist.new_group([2, 3])], [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    config = MoEConfig(dim=8, hidden=16, num_experts=4, top_k=1)
+    net = nn.Sequential(nn.Linear(8, 8), MoE(config, shared[rank // 2]))
+    return _start_of_error(DistributedDataParallel(net, process_group=twins[rank % 2]))
+
+
+def _start_of_error(model: nn.Module) -> str:
+    try:
+        model(my_tokens()).sum().backward()
+    except ValueError as error:
+        return str(error).split(" for ")[0]
+    return ""
