@@ -88,6 +88,15 @@ class Peers:
             return False
         return len(set(dist.get_process_group_ranks(self.group)) & set(dist.get_process_group_ranks(group))) > 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a file, in which a group means nothing."""
+        if self._group is not None:
+            raise ValueError(
+                f"a layer on {self.size} ranks cannot be pickled whole, as by torch.save(model); save its "
+                f"state_dict(), its expert_state(), or the model with moe.checkpoint.save"
+            )
+        return self.__dict__
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Peers:
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -108,3 +109,13 @@ def _start_of_error(model: nn.Module) -> str:
     except ValueError as error:
         return str(error).split(" for ")[0]
     return ""
+
+
+def test_a_layer_on_several_ranks_says_how_it_is_saved(world: Worlds) -> None:
+    assert all("moe.checkpoint.save" in message for message in world(2).run(_pickled))
+
+
+def _pickled() -> str:
+    with pytest.raises(ValueError) as caught:
+        torch.save(layer_of(), io.BytesIO())
+    return str(caught.value)
