@@ -126,15 +126,16 @@ class Dispatch:
         if scalar_M is not None:
             scalar_N = scalar_M.new_zeros(len(self.token_N))
             scalar_N.index_copy_(0, self.row_O, scalar_M.index_select(0, self.place_O))
+        filled = self.room > 0  # without room the rows may be anybody's, such as what selective checkpointing saved
         if self.peers.group is None:
-            if row_XD is not None:
+            if row_XD is not None and filled:
                 row_XD[self.num_rows :].zero_()
             return scalar_N
         given = next(tensor for tensor in (row_XD, scalar_M) if tensor is not None)
         row_HD = given.new_empty(len(self.place_H), 0) if row_XD is None else row_XD.index_select(0, self.place_H)
         packed_HD = _pack(row_HD, None if scalar_M is None else scalar_M.index_select(0, self.place_H))
         home_GD, scalar_G = _unpack(exchange(packed_HD, self.recv_R, self.send_R, self.peers), scalar_M)
-        if row_XD is not None:
+        if row_XD is not None and filled:
             row_XD[self.num_rows : self.num_rows + len(home_GD)] = home_GD
             row_XD[self.num_rows + len(home_GD) :].zero_()
         if scalar_N is not None and scalar_G is not None:
