@@ -140,13 +140,13 @@ class Dispatch:
             weight_M.index_copy_(0, self.place_O, weight_N.index_select(0, self.row_O))
         if self.peers.group is None:
             return x_TD, weight_M
-        source_XD = x_TD
+        source_XD, guest_HD = x_TD, x_TD.new_empty(0, x_TD.shape[1])
         if guests := len(self.place_H):
             source_XD = x_TD.new_empty(self.num_tokens + guests, x_TD.shape[1])
-            source_XD[: self.num_tokens] = x_TD
+            source_XD[: self.num_tokens], guest_HD = x_TD, source_XD[self.num_tokens :]
         leaving_GD = x_TD.index_select(0, self.token_G)
         weight_G = None if weight_N is None else weight_N.index_select(0, self.row_G)
-        weight_H = self._swap(leaving_GD, weight_G, source_XD[self.num_tokens :], outward=True)
+        weight_H = self._swap(leaving_GD, weight_G, guest_HD, outward=True)
         if weight_M is not None and weight_H is not None:
             weight_M.index_copy_(0, self.place_H, weight_H)
         return source_XD, weight_M
@@ -158,17 +158,20 @@ class Dispatch:
         if scalar_M is not None:
             scalar_N = scalar_M.new_zeros(len(self.token_N))
             scalar_N.index_copy_(0, self.row_O, scalar_M.index_select(0, self.place_O))
+        filled = self.room > 0  # without room the rows may be anybody's, such as what selective checkpointing saved
         if self.peers.group is None:
-            if row_XD is not None:
+            if row_XD is not None and filled:
                 row_XD[self.num_rows :].zero_()
             return scalar_N
         given = next(tensor for tensor in (row_XD, scalar_M) if tensor is not None)
         end = self.num_rows + len(self.row_G)
         row_HD = given.new_empty(len(self.place_H), 0) if row_XD is None else row_XD.index_select(0, self.place_H)
-        home_GD = given.new_empty(len(self.row_G), 0) if row_XD is None else row_XD[self.num_rows : end]
+        home_GD = row_HD.new_empty(len(self.row_G), row_HD.shape[1])
+        if row_XD is not None and filled:
+            home_GD = row_XD[self.num_rows : end]
         scalar_H = None if scalar_M is None else scalar_M.index_select(0, self.place_H)
         scalar_G = self._swap(row_HD, scalar_H, home_GD, outward=False)
-        if row_XD is not None:
+        if row_XD is not None and filled:
             row_XD[end:].zero_()
         if scalar_N is not None and scalar_G is not None:
             scalar_N.index_copy_(0, self.row_G, scalar_G)

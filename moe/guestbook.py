@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moe.comm import Lending, Peers, visitors
 from moe.guests import Guests, Here, Stacks
@@ -30,6 +31,7 @@ class Guestbook:
         self._held_R: list[dict[int, None]] = [{} for _ in range(peers.size)]
         self._guests: dict[int, list[Tensor]] = {}
         self._version: int | None = None
+        self._dtype: torch.dtype | None = None
 
     def problem(self, weights: Sequence[Tensor | None]) -> str | None:
         """What is wrong with this rank's weights, if anything."""
@@ -45,7 +47,10 @@ class Guestbook:
         self._held_R = [{} for _ in range(self.peers.size)]
         self._guests, self._version = {}, None
 
-    def admit(self, loans: Sequence[Loan], ids: Sequence[int]) -> Guests:
+    def admit(self, loans: Sequence[Loan], ids: Sequence[int], dtype: torch.dtype) -> Guests:
+        """dtype: in which the experts compute. Guests that came in another do not stay."""
+        if dtype != self._dtype:
+            self._held_R, self._guests, self._dtype = [{} for _ in range(self.peers.size)], {}, dtype
         new = [loan for loan in loans if loan.expert not in self._held_R[loan.borrower]]
         for rank, held in enumerate(self._held_R):
             for expert in visitors(loans, rank):
@@ -95,7 +100,8 @@ class _Lasting:
         return self.whole.any
 
     def fetch(self, weights: Sequence[Tensor]) -> Stacks:
-        coming = self.new.fetch(weights) if self.new.any else Here([])
+        with _disable_current_modes():  # a recomputation finds who came in its forward: selective ones must not see it
+            coming = self.new.fetch(weights) if self.new.any else Here([])
         return _Joined(self, coming, [weight[:0] for weight in weights])
 
     def give_back(self, grads: Sequence[Tensor]) -> Stacks:
@@ -112,7 +118,8 @@ class _Joined:
     like: Sequence[Tensor]
 
     def wait(self) -> list[Tensor]:
-        return self.step.book.join(self.step.mine, self.step.arriving, self.coming.wait(), self.like)
+        with _disable_current_modes():
+            return self.step.book.join(self.step.mine, self.step.arriving, self.coming.wait(), self.like)
 
 
 @contextmanager

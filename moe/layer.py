@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
-from moe.batch import Batch, header, problem_of, raise_alike, raise_if_unlike
+from moe.batch import Batch, header, manner, problem_of, raise_alike, raise_if_unlike
 from moe.broadcast import keep_from_broadcast
 from moe.census import Pool
 from moe.comm import Group, Lending, Peers, gather_counts, tie, visitors
 from moe.config import MoEConfig
 from moe.dispatch import Dispatch, upload
-from moe.experts import Experts, Shared
+from moe.experts import Experts, Shared, compute_dtype
 from moe.guestbook import Guestbook
 from moe.guests import Guests, Nobody
 from moe.levy import Levies, Slip
@@ -111,7 +111,8 @@ class MoE(nn.Module):
         self._replays.keep(step)
 
         x_TD = _joining_in(batch.x_TD, step.grad_wanted)
-        y_TD: Tensor = self.experts(x_TD, choice.weight_N, step.dispatch, self._weights(), self._guests(step.loans))
+        guests = self._guests(step.loans, compute_dtype(x_TD))
+        y_TD: Tensor = self.experts(x_TD, choice.weight_N, step.dispatch, self._weights(), guests)
         if self.shared is not None:
             y_TD = y_TD + self._shared(self.shared, batch.x_TD, batch.valid_T)
         if step.slip is not None:
@@ -199,15 +200,15 @@ class MoE(nn.Module):
             except Exception as error:  # of a selector, say; this rank stops with it once all have been told
                 problem = error
         with _disable_current_modes():  # selective checkpointing must not save what a replay will not run again
-            table = gather_counts(
-                header(choice, ratio, x.requires_grad, self.router.price_E, self._learning()), self.peers
-            )
+            told = manner(self.experts.parameters(), self.router, compute_dtype(x))
+            table = gather_counts(header(choice, ratio, x.requires_grad, self.router.price_E, told), self.peers)
+            grad_wanted = bool(table[:, -1].any())
             raise_alike(table[:, self.config.num_experts :], problem, self.peers.rank)
             assert choice is not None
             assignment = self.config.assigner(table[:, : self.config.num_experts].copy(), self.placement)
             loans = assignment.loans(self.placement)
-            if loans:
-                raise_if_unlike(table[:, -2])
+            moving = bool(loans) or self.placement.slots > self.placement.num_experts
+            raise_if_unlike(table[:, -2], moving=moving, grad_wanted=grad_wanted)
             active = [*self.experts.expert_ids, *visitors(loans, self.peers.rank)]
             dispatch = Dispatch.of(choice, assignment, active, self.peers)
             pool_E, slip = self._observe(choice, assignment)
@@ -216,7 +217,7 @@ class MoE(nn.Module):
             assignment=assignment,
             loans=loans,
             dispatch=dispatch,
-            grad_wanted=bool(table[:, -1].any()) if torch.is_grad_enabled() else None,
+            grad_wanted=grad_wanted if torch.is_grad_enabled() else None,
             pool_E=pool_E,
             slip=slip,
         )
@@ -225,7 +226,7 @@ class MoE(nn.Module):
     def _observe(self, choice: Choice, assignment: Assignment) -> tuple[Tensor | None, Slip | None]:
         """Tell whoever wants to know of a choice: in training the router's statistics and the losses, always those who
         asked. A census only counts. -> what the losses need"""
-        keep_from_broadcast()
+        keep_from_broadcast(self.peers)
         pool_E, slip = None, None
         if self.pool.counting or (self.training and self.levies.pooled):
             group_E = upload([assignment.count_RE.sum(axis=0)], choice.expert_N.device)[0]
@@ -250,11 +251,6 @@ class MoE(nn.Module):
         real_T1 = valid_T[:, None]
         return shared(x_TD.where(real_T1, 0.0)).where(real_T1, 0.0)  # type: ignore[no-any-return]
 
-    def _learning(self) -> int:
-        """A bit for each of the experts' weights that wants a gradient."""
-        weights = enumerate(self.experts.parameters())
-        return sum(1 << bit for bit, weight in weights if weight.requires_grad and torch.is_grad_enabled())
-
     def _weights(self) -> Stack:
         """The experts at home, of which copies elsewhere share their gradients."""
         stack = self.experts.stack()
@@ -264,11 +260,11 @@ class MoE(nn.Module):
         empty: dict[str, Tensor | None] = {"up_bias": None, "down_bias": None}
         return Stack(**(empty | dict(zip(names, weights))))  # type: ignore[arg-type]
 
-    def _guests(self, loans: tuple[Loan, ...]) -> Guests:
+    def _guests(self, loans: tuple[Loan, ...], dtype: torch.dtype) -> Guests:
         if not loans:
             return Nobody()
         if self.guestbook is not None:
-            return self.guestbook.admit(loans, self.experts.expert_ids)
+            return self.guestbook.admit(loans, self.experts.expert_ids, dtype)
         return self.config.guests(Lending.of(loans, self.experts.expert_ids, self.peers))
 
 

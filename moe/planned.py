@@ -8,7 +8,7 @@ captured as a CUDA graph. The price is room: see Capacity. No GPU has run it yet
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from moe.batch import Batch, problem_of
+from moe.batch import Batch, bad_of, manner, problem_of, raise_if_unlike
 from moe.broadcast import keep_from_broadcast
 from moe.comm import Group, Peers, gather_counts, gather_table
 from moe.compute import Fused, Grouped
@@ -29,7 +29,7 @@ from moe.recompute import Replays
 from moe.stack import Stack
 from moe.swap import guard, swap, visit_all
 from placement import Placement
-from routing import Choice, LeastLoadedOnDevice, Rows, at_least_fp32, outside_autocast
+from routing import NOWHERE, Choice, LeastLoadedOnDevice, Rows, at_least_fp32, outside_autocast
 
 
 class CapacityError(RuntimeError):
@@ -110,7 +110,7 @@ class Planned(MoE):
         batch, step = Batch.of(x, valid, ratio), self._steps.find()
         choice = self._route(batch, None if step is None else step.rows)
         if step is None:
-            step = self._planned(choice)
+            step = self._planned(choice, manner(self.experts.parameters(), self.router, compute_dtype(batch.x_TD)))
         self._steps.keep(step)
         x_TD = batch.x_TD
         if torch.is_grad_enabled() and not x_TD.requires_grad:
@@ -125,7 +125,7 @@ class Planned(MoE):
         over, bad = self.trouble_F.tolist()
         self.trouble_F.zero_()
         if bad:
-            raise CapacityError(f"NaN or Inf in the router's logits of {bad} tokens since the last check")
+            raise CapacityError(f"NaN or Inf in the router's logits or prices of {bad} tokens since the last check")
         if over:
             raise CapacityError(
                 f"{over} steps since the last check did not fit {self.capacity}, and gave NaN; give it more room, or "
@@ -139,35 +139,36 @@ class Planned(MoE):
         raise ValueError("the peers of a Planned layer stay, for its messages have fixed sizes; use MoE")
 
     @torch.no_grad()
-    def _planned(self, choice: Choice) -> _Step:
+    def _planned(self, choice: Choice, own: int) -> _Step:
         if choice.top_k is None:
             raise ValueError(f"Planned takes a top-k choice; {self.config.select} makes another: use MoE")
-        self._open(choice)
+        self._open(choice, own)
         device, num_experts = choice.expert_N.device, self.config.num_experts
         if self._homes is None or self._homes[0] is not self.placement or self._homes[1].home_E.device != device:
             _refuse_copies(self.placement)
             self._homes = self.placement, Homes.of(self.placement, device)
         homes = self._homes[1]
-        bad_T = ~choice.logit_TE.detach().isfinite().all(dim=-1)
-        bad = (bad_T if choice.valid_T is None else bad_T & choice.valid_T).sum()
-        table = gather_table(torch.cat([choice.load_E, bad[None]]), self.peers)
+        table = gather_table(torch.cat([choice.load_E, bad_of(choice, self.router.price_E)[None]]), self.peers)
         count_RE, bad = table[:, :num_experts], table[:, num_experts].sum()
         room = self.capacity.room(choice.num_tokens * choice.top_k, self.plan, self.placement, self.peers.rank)
         quota_RE = self.plan(count_RE, homes.home_E)
         fixed = Fixed.of(choice, count_RE, quota_RE, homes, room, self.peers.rank)
         self.trouble_F += torch.stack([fixed.over.long(), bad])
-        keep_from_broadcast()
+        keep_from_broadcast(self.peers)
         if self.training:
-            self.router.observe(choice)
+            self.router.observe(_if_sound(choice, bad == 0))
         return _Step(Rows(choice.token_N, choice.expert_N, choice.top_k, choice.wanted_N), fixed)
 
-    def _open(self, choice: Choice) -> None:
-        """The first call: have all ranks as many tokens? From then on their number stands."""
+    def _open(self, choice: Choice, own: int) -> None:
+        """The first call: have all ranks as many tokens, and one manner? own: this rank's. From then on both stand."""
         if not self.num_tokens:
-            told = torch.tensor([choice.num_tokens], device=choice.expert_N.device)
-            tokens_R = gather_counts(told, self.peers)[:, 0].tolist()
-            if len(set(tokens_R)) > 1 or not tokens_R[0]:
-                raise ValueError(f"Planned needs equally many tokens on every rank, at least 1; got {tokens_R}")
+            told = torch.tensor([choice.num_tokens, own], device=choice.expert_N.device)
+            tokens_R, manner_R = gather_counts(told, self.peers).T
+            if len(set(tokens_R.tolist())) > 1 or not tokens_R[0]:
+                raise ValueError(
+                    f"Planned needs equally many tokens on every rank, at least 1; got {tokens_R.tolist()}"
+                )
+            raise_if_unlike(manner_R, moving=self.capacity.visits != 0, grad_wanted=True)
             self.num_tokens = choice.num_tokens
         if choice.num_tokens != self.num_tokens:
             raise ValueError(f"{choice.num_tokens} tokens; this layer was first called with {self.num_tokens}: pad")
@@ -226,6 +227,15 @@ class Planned(MoE):
 def _refuse_copies(placement: Placement) -> None:
     if placement.slots != placement.num_experts or not all(placement.homed_R):
         raise ValueError("Planned takes one copy of each expert, and an expert or more on each rank; use MoE")
+
+
+def _if_sound(choice: Choice, sound: Tensor) -> Choice:
+    """The choice, or if not sound one of padding alone: a NaN would stay in the prices for ever, and has no place in a
+    histogram."""
+    expert_N, wanted_N = choice.expert_N.where(sound, NOWHERE), choice.wanted_N.where(sound, NOWHERE)
+    valid_T = sound.expand(choice.num_tokens) if choice.valid_T is None else choice.valid_T & sound
+    score_TE, price_E = choice.score_TE.detach().where(sound, 0.0), choice.price_E.where(sound, 0.0)
+    return replace(choice, expert_N=expert_N, wanted_N=wanted_N, score_TE=score_TE, price_E=price_E, valid_T=valid_T)
 
 
 def _times(row_MD: Tensor, stack: Stack, weight: Tensor, bias: Tensor | None, fixed: Fixed) -> Tensor:

@@ -52,8 +52,8 @@ class _Plan(NamedTuple):
         return add
 
     def batches_at_home(self, own: Stack) -> Sequence[Batch]:
-        rows_A = self.trip.rows_A[: len(own.up)]
-        return self.compute(rows_A, own, self.activation, 0) if rows_A else ()
+        """A rank without experts asks, too: a compute that refuses this type must do so on every rank."""
+        return self.compute(self.trip.rows_A[: len(own.up)], own, self.activation, 0)
 
     def batches_of_guests(self, own: Stack, visiting: Stack) -> Sequence[Batch]:
         home, rows_A = self.trip.rows_A[: len(own.up)], self.trip.rows_A[len(own.up) :]

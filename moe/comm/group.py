@@ -82,6 +82,21 @@ class Peers:
             raise ValueError(f"rank {dist.get_rank()} is not in the group it was given; give each rank its own group")
         return cls(group=group, rank=rank, size=dist.get_world_size(group))
 
+    def meet(self, group: dist.ProcessGroup) -> bool:
+        """Are two or more of these ranks in that group?"""
+        if self.group is None:
+            return False
+        return len(set(dist.get_process_group_ranks(self.group)) & set(dist.get_process_group_ranks(group))) > 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a file, in which a group means nothing."""
+        if self._group is not None:
+            raise ValueError(
+                f"a layer on {self.size} ranks cannot be pickled whole, as by torch.save(model); save its "
+                f"state_dict(), its expert_state(), or the model with moe.checkpoint.save"
+            )
+        return self.__dict__
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Peers:
         return self
 

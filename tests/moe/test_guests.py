@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from moe import KeepGuests, MoE, MoEConfig, RefetchGuests, World, WorldError, la
 from moe.comm import Lending, Peers
 from moe.guestbook import Guestbook
 from routing import LeastLoaded
-from tests.world import against_reference, tokens
+from tests.world import KINDS, against_reference, run, tokens
 
 Worlds = Callable[[int], World]
 CONFIG = MoEConfig(dim=8, hidden=12, num_experts=6, top_k=2, bias=True, assigner=LeastLoaded(headroom=1.0, min_chunk=1))
@@ -124,6 +125,22 @@ def _lasting(most: int) -> tuple[bool, int, int, int]:
     return same, totals[0], totals[1], len(visits)
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_guests_that_last_may_have_come_before_a_recomputation(world: Worlds, kind: str) -> None:
+    assert all(world(3).run(_recomputed, kind))
+
+
+def _recomputed(kind: str) -> bool:
+    answers = []
+    for each, open_book in (("none", False), (kind, True)):
+        layer = _layer(replace(CONFIG, bias=False))
+        with lasting_visits(layer) if open_book else nullcontext():
+            for seed in (1, 2):
+                run(each, layer, _tokens(seed).requires_grad_()).square().sum().backward()  # type: ignore[no-untyped-call]
+        answers.append([weight.grad for weight in layer.parameters()])
+    return all(torch.equal(left, right) for left, right in zip(*answers, strict=True))
+
+
 def test_weights_that_change_while_guests_last_are_one_error_on_every_rank(world: Worlds) -> None:
     with pytest.raises(WorldError) as caught:
         world(2).run(_changed)
@@ -166,6 +183,26 @@ def _afterwards() -> bool:
         layer.experts.down.neg_()
         layer.experts.down_bias.neg_()
     return torch.equal(layer(_tokens()), -before)
+
+
+def test_guests_do_not_stay_for_a_step_in_another_type(world: Worlds) -> None:
+    for same, loans in world(2).run(_two_types):
+        assert same
+        assert loans > 0
+
+
+def _two_types() -> tuple[bool, int]:
+    layer, x_TD, loans = _layer(CONFIG).float(), _tokens().float(), []
+    layer.observe(lambda choice, assignment: loans.append(len(assignment.loans(layer.placement))))
+
+    def step(narrow: bool) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            return layer(x_TD)  # type: ignore[no-any-return]
+
+    want = [step(narrow) for narrow in (True, False, True)]
+    with lasting_visits(layer):
+        got = [step(narrow) for narrow in (True, False, True)]
+    return all(torch.equal(left, right) for left, right in zip(got, want, strict=True)), min(loans)
 
 
 @pytest.mark.fast

@@ -15,12 +15,23 @@ from hypothesis import given
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe import Capacity, CapacityError, Fastest, MoE, MoEConfig, Planned, World, census
+from moe import Capacity, CapacityError, Fastest, MoE, MoEConfig, Planned, World, census, settle_prices
 from moe.comm import Peers, world_group
 from moe.compute import Compute
 from moe.planned import _refuse_copies
 from placement import Placement, RoundRobin, Topology
-from routing import BreakEven, LeastLoaded, LeastLoadedOnDevice, LossFree, SwitchLoss, flow_on_device
+from routing import (
+    Balancer,
+    Bip,
+    BreakEven,
+    LeastLoaded,
+    LeastLoadedOnDevice,
+    LossFree,
+    Quantile,
+    Sinkhorn,
+    SwitchLoss,
+    flow_on_device,
+)
 from tests.moe.test_layer_robust import CountSyncs
 from tests.routing.batches import LAW, Batch, batches
 from tests.world import _gradients, by_the_book, relative, tokens
@@ -182,11 +193,43 @@ def _refused() -> list[str]:
     if rank:
         x[2, 1] = math.nan
     layer(x)
-    with pytest.raises(CapacityError, match="logits of 1 tokens") as bad:
+    with pytest.raises(CapacityError, match="logits or prices of 1 tokens") as bad:
         layer.check()
     with pytest.raises(ValueError, match="3 tokens; this layer was first called with 4"):
         layer(x[:3])
     return [str(uneven.value), str(bad.value)]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("balancer", [Bip(), LossFree(), Quantile(), Sinkhorn()], ids=lambda b: type(b).__name__)
+def test_a_step_with_bad_logits_leaves_no_trace_in_the_prices(balancer: Balancer) -> None:
+    x, prices = tokens(6, (12,), 1.0, torch.float32)[0], []
+    for bad in (False, True):
+        layer, _ = planned(replace(CONFIG, balancer=balancer), torch.float32)
+        layer(x)
+        if bad:
+            layer(x.index_fill(0, torch.tensor([3]), math.nan))
+            with pytest.raises(CapacityError, match="logits or prices of 1 tokens"):
+                layer.check()
+        layer(-x)
+        settle_prices(layer)
+        prices.append(layer.router.price_E)
+    assert torch.equal(*prices)
+
+
+@pytest.mark.fast
+def test_a_price_that_is_no_number_is_an_error_and_an_infinite_one_a_price() -> None:
+    x, layers = torch.randn(12, 6), [planned(dtype=torch.float32)[0], MoE(CONFIG)]
+    for layer in layers:
+        layer.router.price_E[2] = math.inf
+        assert 2 not in layer.router(x).expert_N
+        layer(x)
+        layer.router.price_E[2] = math.nan
+    layers[0](x)
+    with pytest.raises(CapacityError, match="prices of 12 tokens"):
+        layers[0].check()
+    with pytest.raises(ValueError, match=r"\[12\] tokens on ranks \[0\]; .* router.price_E"):
+        layers[1](x)
 
 
 @pytest.mark.fast

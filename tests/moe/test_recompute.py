@@ -15,8 +15,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from moe import MoE, MoEConfig, World
+from moe import Grouped, Loop, MoE, MoEConfig, World
 from moe.comm import world_group
+from moe.compute import Compute
 from routing import Choice, LeastLoaded
 from tests.world import KINDS, run
 
@@ -123,6 +124,26 @@ def test_whatever_selective_checkpointing_saves_comes_back_in_order(saved: str, 
             return layer(layer(x, valid), valid)  # type: ignore[no-any-return]
 
         y = checkpoint(twice, x, use_reentrant=False, context_fn=contexts) if contexts else twice(x)
+        y.square().sum().backward()
+        grads.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for plain, again in zip(*grads):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("compute", [Loop(), Grouped()], ids=["loop", "grouped"])
+def test_what_selective_checkpointing_saved_is_not_written_to(compute: Compute) -> None:
+    """The lone batch of one expert, whose results are the matmul's own."""
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if "mm" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    grads = []
+    for contexts in (None, partial(create_selective_checkpoint_contexts, policy)):
+        torch.manual_seed(0)
+        layer = MoE(MoEConfig(dim=8, hidden=16, num_experts=1, top_k=1, compute=compute))
+        x = torch.randn(12, 8, generator=torch.Generator().manual_seed(3), requires_grad=True)
+        y = checkpoint(layer, x, use_reentrant=False, context_fn=contexts) if contexts else layer(x)
         y.square().sum().backward()
         grads.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
     for plain, again in zip(*grads):
