@@ -20,6 +20,7 @@ from moe.live import Live
 from moe.meters import Meters
 from moe.moving import Moved, move_experts, plan_of
 from moe.outside import ReleasedError
+from moe.overflow import share_overflow
 from moe.parity import assert_ep_parity
 from moe.planned import Capacity, CapacityError, Planned
 from moe.prices import settle_after, settle_prices
@@ -81,4 +82,5 @@ __all__ = [
     "reference",
     "settle_after",
     "settle_prices",
+    "share_overflow",
 ]  # fmt: skip

@@ -77,9 +77,12 @@ def header(
     return head_F
 
 
-def raise_alike(flag_RF: NDArray[np.int64], problem: str | None, rank: int) -> None:
-    """flag_RF: bad tokens, refused inputs and ratios that are none, by rank."""
+def raise_alike(flag_RF: NDArray[np.int64], problem: str | Exception | None, rank: int) -> None:
+    """flag_RF: bad tokens, choices not made and ratios that are none, by rank. problem: why this
+    rank made none; an exception that is no ValueError is raised here as it is, while the others get one."""
     if (refused := np.flatnonzero(flag_RF[:, 1])).size:
+        if isinstance(problem, Exception) and not isinstance(problem, ValueError):
+            raise problem
         ranks = ", ".join(map(str, refused.tolist()))
         raise ValueError(f"bad input on rank {ranks}: {problem or f'all ranks stop with it (this is rank {rank})'}")
     if (bad := np.flatnonzero(flag_RF[:, 0])).size:
@@ -121,5 +124,5 @@ def _unlike(what_R: NDArray[np.int64]) -> NDArray[np.intp]:
 def bad_of(choice: Choice, price_E: Tensor) -> Tensor:
     """The number of tokens that were chosen for by what is no number. price_E: the router's; infinite ones are prices,
     of experts that nobody is to take."""
-    bad_T = ~choice.logit_TE.detach().isfinite().all(dim=-1) | price_E.isnan().any()
+    bad_T = ((choice.logit_TE.detach() * 0).sum(dim=-1) != 0) | price_E.isnan().any()  # not finite, times zero, is NaN
     return (bad_T if choice.valid_T is None else bad_T & choice.valid_T).sum()

@@ -103,6 +103,7 @@ struct Room {
 
 // The biggest first, each thread the next. With fewer blocks than threads the matmuls share the threads instead.
 template <class F> void each(std::vector<Block> blocks, int64_t width, const Tensor &like, const F &compute) {
+    at::AutoDispatchBelowADInplaceOrView below;
     int64_t threads = at::get_num_threads();
     if (threads == 1 || int64_t(blocks.size()) < threads) {
         Room room(blocks, width, like);

@@ -113,7 +113,7 @@ def follow(
     to layer.
     """
     peers, placement = layer.peers, layer.placement
-    choice, expert_TK = _agreed(layer, norm(x_TD), rank_T)
+    choice, expert_TK = _agreed(layer, x_TD, rank_T, norm)
     step = hop(expert_TK, rank_T, pinned_T, placement)
     layer._observe(choice, step.assignment(placement))
     present, tokens, visits_TR = _gone(x_TD, choice, step, peers)
@@ -164,26 +164,21 @@ def gather_context(
     return [every[place_T] for place_T in upload(place_LT, every.device)], traffic
 
 
-def _agreed(layer: MoE, x_TD: Tensor, rank_T: IntArray) -> tuple[Choice, IntArray]:
+def _agreed(layer: MoE, x_TD: Tensor, rank_T: IntArray, norm: Callable[[Tensor], Tensor]) -> tuple[Choice, IntArray]:
     """What the tokens here chose, and what every token did: the one host synchronisation of a layer. A rank that cannot
-    choose says so there, so that nobody waits for it."""
-    peers, top_k = layer.peers, layer.router.top_k
+    choose, whatever the reason, says so there, so that nobody waits for it."""
+    peers, price_E = layer.peers, layer.router.price_E
     mine = np.flatnonzero(rank_T == peers.rank)
-    told_TK = torch.zeros(len(rank_T), top_k, dtype=torch.int64, device=x_TD.device)
-    choice, problem = None, problem_of(x_TD, None, None, layer.config.dim, layer.experts.stack().up)
-    if problem is None and len(x_TD) != len(mine):
-        problem = f"{len(x_TD)} tokens came; rank_T says that {len(mine)} of {len(rank_T)} are here"
-    if problem is None:
-        try:
-            choice = layer.router(x_TD)
-            if choice.top_k != top_k:
-                choice, problem = None, "following experts needs a router that gives every token top_k of them, as TopK"
-        except ValueError as refusal:  # of a selector that wants to know more
-            problem = str(refusal)
-    if choice is not None:
-        (mine_T,) = upload([mine], x_TD.device)
+    told_TK = torch.zeros(len(rank_T), layer.router.top_k, dtype=torch.int64, device=price_E.device)
+    choice: Choice | None = None
+    problem: Exception | None = None
+    try:
+        choice = _chosen(layer, norm(x_TD), len(mine), told_TK.shape)
+        (mine_T,) = upload([mine], price_E.device)
         told_TK[mine_T] = choice.expert_TK
-    flags_F = header(choice, None, False, layer.router.price_E)[layer.config.num_experts :]
+    except Exception as error:
+        choice, problem = None, error
+    flags_F = header(choice, None, False, price_E)[layer.config.num_experts :]
     table = gather_counts(torch.cat([told_TK.reshape(-1), flags_F]), peers)
     raise_alike(table[:, told_TK.numel() :], problem, peers.rank)
     assert choice is not None
@@ -191,6 +186,19 @@ def _agreed(layer: MoE, x_TD: Tensor, rank_T: IntArray) -> tuple[Choice, IntArra
     if len(expert_TK) and expert_TK.min() < 0:
         raise ValueError("following experts needs a router that drops no rows; build the model with drop=Dropless()")
     return choice, expert_TK
+
+
+def _chosen(layer: MoE, x_TD: Tensor, here: int, shape: Sequence[int]) -> Choice:
+    """here: tokens that are to be on this rank. shape: tokens of the step, experts of each."""
+    tokens, top_k = shape
+    if (problem := problem_of(x_TD, None, None, layer.config.dim, layer.experts.stack().up)) is not None:
+        raise ValueError(problem)
+    if len(x_TD) != here:
+        raise ValueError(f"{len(x_TD)} tokens came; rank_T says that {here} of {tokens} are here")
+    choice: Choice = layer.router(x_TD)
+    if choice.top_k != top_k:
+        raise ValueError("following experts needs a router that gives every token top_k of them, as TopK")
+    return choice
 
 
 def _gone(x_TD: Tensor, choice: Choice, step: Hop, peers: Peers) -> tuple[tuple[Tensor, Tensor], IntArray, BoolArray]:

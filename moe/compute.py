@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,15 +20,10 @@ from moe.stack import Batch, Stack
 
 class Compute(Protocol):
     def __call__(self, rows_A: Sequence[int], stack: Stack, activation: Activation, start: int) -> Sequence[Batch]:
-        """The batches of the rows from `start` on, rows_A of them for each expert of the stack, sorted by expert."""
+        """The batches of the rows from `start` on, rows_A of them for each expert of the stack, sorted by expert.
 
-
-@runtime_checkable
-class Adds(Protocol):
-    """A compute that adds up the results as well."""
-
-    def add(self, row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
-        """As moe.trip.Add."""
+        A compute that adds up the results as well has a method `add`, as moe.trip.Add.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,10 +178,6 @@ class Coordinator:
             operation.reason, members = "waits for a step, after which members know what an expert weighs", None
         if members is None:
             return ()
-        assert self.epoch is not None
-        members = operation.target(self.epoch.members, self.roster.numbers(State.STANDBY))
-        if members is None:
-            return ()
         slots_of = {member.number: member.slots for member in self.roster.living()}
         try:
             return changes(

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe.blocks import total
-from moe.comm import Peers, exchange
+from moe.comm import Peers, exchange, exchange_into
 from moe.trip import Add
 from routing import Assignment, Choice, at_least_fp32
 
 IntArray = NDArray[np.int64]
+_FEW = 4096
 
 
 def add_rows(row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor | None) -> Tensor:
@@ -68,11 +69,13 @@ class Dispatch:
     @classmethod
     def of(cls, choice: Choice, assignment: Assignment, active: Sequence[int], peers: Peers) -> Self:
         """active: the experts this rank computes, in order. Tables are made on the host, indices on the device."""
+        if peers.size == 1 and list(active) == sorted(active):
+            return cls._alone(choice, assignment.count_RE[0], active, peers)
         sent_RE, recv_RE = assignment.sent_by(peers.rank), assignment.received_by(peers.rank)
         count_E = assignment.count_RE[peers.rank]
         segments, recv_AR = _segments(sent_RE, recv_RE, count_E, active, peers.rank)
         nowhere = choice.token_N.numel() - int(count_E.sum())  # such rows sort before expert 0
-        by_expert_N = choice.expert_N.argsort(stable=True)
+        by_expert_N = _by_expert(choice)
         go, stay, place_stay, place_guest = _spread(segments, choice.token_N.device)
         row_G, row_O = by_expert_N[go + nowhere], by_expert_N[stay + nowhere]
         num_rows, tokens, device = int(recv_AR.sum()), choice.num_tokens, choice.token_N.device
@@ -101,6 +104,31 @@ class Dispatch:
             peers=peers,
         )
 
+    @classmethod
+    def _alone(cls, choice: Choice, count_E: IntArray, active: Sequence[int], peers: Peers) -> Self:
+        """Of one rank alone, whose experts lie in order: every row stays."""
+        by_expert_N, num_rows = _by_expert(choice), int(count_E.sum())
+        row_O = by_expert_N[len(by_expert_N) - num_rows :]
+        place_O = torch.arange(num_rows, device=row_O.device)
+        none = row_O[:0]
+        return cls(
+            token_N=choice.token_N,
+            row_G=none,
+            row_O=row_O,
+            place_O=place_O,
+            place_H=none,
+            token_G=none,
+            index_M=choice.token_N.index_select(0, row_O),
+            place_N=torch.full_like(choice.token_N, num_rows).index_copy_(0, row_O, place_O),
+            room=int(num_rows < len(by_expert_N)),
+            send_R=(0,),
+            recv_R=(0,),
+            rows_A=tuple(count_E[list(active)].tolist()),
+            num_tokens=choice.num_tokens,
+            top_k=choice.top_k,
+            peers=peers,
+        )
+
     def go(self, x_TD: Tensor, weight_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tokens, with the weights of their choices, to the ranks of their experts. -> rows to pick from, weight_M
 
@@ -112,12 +140,16 @@ class Dispatch:
             weight_M.index_copy_(0, self.place_O, weight_N.index_select(0, self.row_O))
         if self.peers.group is None:
             return x_TD, weight_M
+        source_XD = x_TD
+        if guests := len(self.place_H):
+            source_XD = x_TD.new_empty(self.num_tokens + guests, x_TD.shape[1])
+            source_XD[: self.num_tokens] = x_TD
+        leaving_GD = x_TD.index_select(0, self.token_G)
         weight_G = None if weight_N is None else weight_N.index_select(0, self.row_G)
-        leaving_GD = _pack(x_TD.index_select(0, self.token_G), weight_G)
-        guest_HD, weight_H = _unpack(exchange(leaving_GD, self.send_R, self.recv_R, self.peers), weight_N)
+        weight_H = self._swap(leaving_GD, weight_G, source_XD[self.num_tokens :], outward=True)
         if weight_M is not None and weight_H is not None:
             weight_M.index_copy_(0, self.place_H, weight_H)
-        return torch.cat([x_TD, guest_HD]) if len(guest_HD) else x_TD, weight_M
+        return source_XD, weight_M
 
     def come(self, row_XD: Tensor | None, scalar_M: Tensor | None) -> Tensor | None:
         """What was made of guests goes back, and what other ranks made comes into the room behind the M rows of row_XD.
@@ -132,15 +164,28 @@ class Dispatch:
                 row_XD[self.num_rows :].zero_()
             return scalar_N
         given = next(tensor for tensor in (row_XD, scalar_M) if tensor is not None)
+        end = self.num_rows + len(self.row_G)
         row_HD = given.new_empty(len(self.place_H), 0) if row_XD is None else row_XD.index_select(0, self.place_H)
-        packed_HD = _pack(row_HD, None if scalar_M is None else scalar_M.index_select(0, self.place_H))
-        home_GD, scalar_G = _unpack(exchange(packed_HD, self.recv_R, self.send_R, self.peers), scalar_M)
+        home_GD = given.new_empty(len(self.row_G), 0 if row_XD is None else row_XD.shape[1])
         if row_XD is not None and filled:
-            row_XD[self.num_rows : self.num_rows + len(home_GD)] = home_GD
-            row_XD[self.num_rows + len(home_GD) :].zero_()
+            home_GD = row_XD[self.num_rows : end]
+        scalar_H = None if scalar_M is None else scalar_M.index_select(0, self.place_H)
+        scalar_G = self._swap(row_HD, scalar_H, home_GD, outward=False)
+        if row_XD is not None and filled:
+            row_XD[end:].zero_()
         if scalar_N is not None and scalar_G is not None:
             scalar_N.index_copy_(0, self.row_G, scalar_G)
         return scalar_N
+
+    def _swap(self, row_XD: Tensor, scalar_X: Tensor | None, into_YD: Tensor, *, outward: bool) -> Tensor | None:
+        """Rows to other ranks, or home again, and theirs into a place that is ready. -> the scalars that came along"""
+        there, back = (self.send_R, self.recv_R) if outward else (self.recv_R, self.send_R)
+        if scalar_X is None:
+            exchange_into(row_XD, there, back, into_YD, self.peers)
+            return None
+        came_YD, scalar_Y = _unpack(exchange(_pack(row_XD, scalar_X), there, back, self.peers), scalar_X)
+        into_YD.copy_(came_YD)
+        return scalar_Y
 
     def total(self, row_XD: Tensor, weight_N: Tensor | None, add: Add = add_rows) -> Tensor:
         """The (weighted) rows of each token, added in fp32 or better in the order they were chosen: the same to the bit
@@ -173,20 +218,22 @@ def _weighted_total(row_XD: Tensor, place_TK: Tensor, weight_TK: Tensor) -> Tens
     return y_TD
 
 
-def _pack(row_GD: Tensor, scalar_G: Tensor | None) -> Tensor:
+def _pack(row_GD: Tensor, scalar_G: Tensor) -> Tensor:
     """Rows, and a scalar each which may be wider than they are, as one message."""
-    if scalar_G is None:
-        return row_GD
     return torch.cat([row_GD, scalar_G[:, None].view(row_GD.dtype)], dim=1)
 
 
-def _unpack(packed_GD: Tensor, scalar: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """-> rows, and the scalars if such were packed"""
-    if scalar is None:
-        return packed_GD, None
+def _unpack(packed_GD: Tensor, scalar: Tensor) -> tuple[Tensor, Tensor]:
+    """-> rows, and scalars of the type of this one"""
     width = packed_GD.shape[1] - scalar.itemsize // packed_GD.itemsize
     scalar_G1 = packed_GD[:, width:].clone(memory_format=torch.contiguous_format).view(scalar.dtype)
     return packed_GD[:, :width], scalar_G1.squeeze(1)
+
+
+def _by_expert(choice: Choice) -> Tensor:
+    """The rows in the order of their experts, first those that go nowhere. Short numbers are sorted much sooner."""
+    short = choice.num_experts <= torch.iinfo(torch.int16).max
+    return (choice.expert_N.to(torch.int16) if short else choice.expert_N).argsort(stable=True)
 
 
 def upload(arrays: Sequence[Sequence[int] | IntArray], device: torch.device) -> list[Tensor]:
@@ -222,7 +269,10 @@ def _segments(
 
 
 def _spread(segments: Sequence[tuple[IntArray, IntArray]], device: torch.device) -> list[Tensor]:
-    """(start, length) of each run -> start, start + 1, ..., start + length - 1 of all runs, on the device."""
+    """(start, length) of each run -> start, start + 1, ..., start + length - 1 of all runs, on the device. Few numbers
+    are written out here, of many the runs alone travel."""
+    if sum(int(length.sum()) for _, length in segments) <= _FEW:
+        return upload([_written_out(start, length) for start, length in segments], device)
     tables: list[IntArray] = []
     for start, length in segments:
         kept = np.flatnonzero(length)
@@ -235,3 +285,9 @@ def _spread(segments: Sequence[tuple[IntArray, IntArray]], device: torch.device)
         shift.repeat_interleave(length, output_size=total) + torch.arange(total, device=device) if total else length
         for shift, length, total in zip(shift_and_length[::2], shift_and_length[1::2], totals)
     ]
+
+
+def _written_out(start: IntArray, length: IntArray) -> IntArray:
+    before: IntArray = length.cumsum() - length
+    written: IntArray = np.repeat(start - before, length) + np.arange(int(length.sum()))
+    return written

@@ -187,9 +187,9 @@ class MoE(nn.Module):
         return f"rank {self.peers.rank} of {self.peers.size}, {self.config.assigner}"
 
     def _decide(self, x: Tensor, valid: Tensor | None, ratio: Tensor | None) -> tuple[Batch, Choice, _Step]:
-        """Choose, tell every rank, assign. The counts are gathered even if this rank's input is no good, so that all
-        ranks raise the same error instead of waiting for one that has left."""
-        problem = problem_of(x, valid, ratio, self.config.dim, self.experts.stack().up)
+        """Choose, tell every rank, assign. The counts are gathered even if this rank cannot choose, so that all ranks
+        raise instead of waiting for one that has left."""
+        problem: str | Exception | None = problem_of(x, valid, ratio, self.config.dim, self.experts.stack().up)
         if problem is None and self.guestbook is not None:
             problem = self.guestbook.problem(self.experts.stack())
         choice = None
@@ -197,8 +197,8 @@ class MoE(nn.Module):
             batch = Batch.of(x, valid, ratio)
             try:
                 choice = self._route(batch)
-            except ValueError as refusal:  # of a selector that wants to know more
-                problem = str(refusal)
+            except Exception as error:  # of a selector, say; this rank stops with it once all have been told
+                problem = error
         with _disable_current_modes():  # selective checkpointing must not save what a replay will not run again
             told = manner(self.experts.parameters(), self.router, compute_dtype(x))
             table = gather_counts(header(choice, ratio, x.requires_grad, self.router.price_E, told), self.peers)

@@ -29,7 +29,7 @@ from moe.recompute import Replays
 from moe.stack import Stack
 from moe.swap import guard, swap, visit_all
 from placement import Placement
-from routing import NOWHERE, Choice, LeastLoadedOnDevice, Rows, at_least_fp32
+from routing import NOWHERE, Choice, LeastLoadedOnDevice, Rows, at_least_fp32, outside_autocast
 
 
 class CapacityError(RuntimeError):
@@ -175,7 +175,7 @@ class Planned(MoE):
 
     def _compute(self, x_TD: Tensor, choice: Choice, fixed: Fixed) -> Tensor:
         dtype, peers = compute_dtype(x_TD), self.peers
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with outside_autocast(x_TD):
             x_TD = x_TD.to(dtype)
             if isinstance(self.experts.compute, Fused) and self.experts.compute.takes(self._cast(dtype)):
                 return self._in_kernels(x_TD, choice, fixed)

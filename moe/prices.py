@@ -35,7 +35,8 @@ def settle_after(optimizer: Optimizer, model: nn.Module, group: Group | Everyone
     """Settle the prices after every step of this optimiser, until handle.remove().
 
     A step that a GradScaler skips settles nothing. It must skip on all ranks alike, or those that do not will wait for
-    it. A fused optimiser is called even so and skips on the device: under a GradScaler the host waits for its word.
+    it: see `share_overflow`. A fused optimiser is called even so and skips on the device: under a GradScaler the host
+    waits for its word.
     """
 
     def settle(optimizer: Optimizer, *_: Any) -> None:

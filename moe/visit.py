@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe.activation import Activation
-from moe.compute import Adds, Compute
+from moe.compute import Compute
 from moe.dispatch import add_rows
 from moe.guests import Guests, Nobody, Stacks
 from moe.stack import Back, Batch, Rows, Stack
 from moe.trip import Add, Trip
-from routing import at_least_fp32
+from routing import at_least_fp32, outside_autocast
 
 
 def visit(
@@ -48,7 +48,8 @@ class _Plan(NamedTuple):
 
     @property
     def add(self) -> Add:
-        return self.compute.add if isinstance(self.compute, Adds) else add_rows
+        add: Add = getattr(self.compute, "add", add_rows)
+        return add
 
     def batches_at_home(self, own: Stack) -> Sequence[Batch]:
         """A rank without experts asks, too: a compute that refuses this type must do so on every rank."""
@@ -80,7 +81,7 @@ class _Visit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, x_TD: Tensor, weight_N: Tensor | None, *weights: Tensor | None) -> Tensor:
         trip, own = plan.trip, _stack(weights)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with outside_autocast(x_TD):
             source_XD, _ = trip.go(x_TD, None)
             result_XD, h_MF, visiting = _forward(plan, source_XD, own)
             trip.come(result_XD, None)
@@ -98,7 +99,7 @@ class _Visit(torch.autograd.Function):
         own, stayed = _stack(weights[: len(Stack._fields)]), weights[len(Stack._fields) :]
         _, x, weight, *others = ctx.needs_input_grad
         wants = _Wants(x, weight, tuple(others))
-        with torch.autocast(dy_TD.device.type, enabled=False):
+        with outside_autocast(dy_TD):
             g_XD, weight_M = trip.go(dy_TD.contiguous(), None if weight_N is None else _wide(weight_N, dy_TD))
             back = _Backward(ctx.plan, wants, source_XD, g_XD, h_MF, weight_M)
             grads = back.run(own, _stack(stayed) if stayed else None)

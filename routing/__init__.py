@@ -10,10 +10,12 @@ from routing.bip import Bip
 from routing.capacity import Capacity, Drop, Dropless
 from routing.choice import NOWHERE, Choice
 from routing.cutoff import Cutoff
+from routing.decide_on_device import Decision, decide_on_device
 from routing.dual import dual_change, dual_gap, dual_value, kept_score
 from routing.expert_choice import ExpertChoice
 from routing.flow_on_device import flow_on_device
 from routing.forced import ForcedRouter, forced_experts
+from routing.gate import outside_autocast
 from routing.interior import optimize
 from routing.least_loaded import BreakEven, LeastLoaded, Worth
 from routing.least_loaded_on_device import LeastLoadedOnDevice
@@ -52,6 +54,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cutoff",
+    "Decision",
     "Drop",
     "Dropless",
     "EdgeQuantile",
@@ -97,6 +100,7 @@ __all__ = [
     "ZLoss",
     "at_least_fp32",
     "check_routing",
+    "decide_on_device",
     "dual_change",
     "dual_gap",
     "dual_value",
@@ -106,6 +110,7 @@ __all__ = [
     "kept_score",
     "max_vio",
     "optimize",
+    "outside_autocast",
     "over_layers",
     "python_only",
     "rank_peak",

@@ -55,12 +55,12 @@ class Choice:
     @property
     def load_E(self) -> Tensor:
         """Rows for each expert; rows that go nowhere are not counted. int64, on the device, without a host sync."""
-        return _count(self.expert_N, self.num_experts)
+        return count_rows(self.expert_N, self.num_experts)
 
     @property
     def wanted_E(self) -> Tensor:
         """Rows that wanted each expert: its load, and the rows that were dropped."""
-        return self.load_E if self.wanted_N is self.expert_N else _count(self.wanted_N, self.num_experts)
+        return self.load_E if self.wanted_N is self.expert_N else count_rows(self.wanted_N, self.num_experts)
 
     @property
     def tokens(self) -> Tensor | int:
@@ -68,7 +68,7 @@ class Choice:
         return self.num_tokens if self.valid_T is None else self.valid_T.sum()
 
 
-def _count(expert_N: Tensor, num_experts: int) -> Tensor:
+def count_rows(expert_N: Tensor, num_experts: int) -> Tensor:
     load_E = expert_N.new_zeros(num_experts + 1)
     load_E.scatter_add_(0, expert_N + 1, torch.ones_like(expert_N))
     return load_E[1:]

@@ -39,7 +39,8 @@ class ExpertChoice:
             raise ValueError(f"top_k={top_k} of {num_experts} experts; use 1 <= top_k <= num_experts")
         self.share.check(num_experts, top_k)
 
-    def __call__(self, priced_TE: Tensor, top_k: int, tokens: Tokens) -> Rows:
+    def __call__(self, score_TE: Tensor, price_E: Tensor, top_k: int, tokens: Tokens) -> Rows:
+        priced_TE = score_TE - price_E
         num_tokens, num_experts = priced_TE.shape
         if not num_tokens:
             none = torch.empty(0, dtype=torch.int64, device=priced_TE.device)

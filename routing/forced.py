@@ -31,9 +31,9 @@ class ForcedRouter(Router):
         if self.home_E.shape != (num_experts,) or self.home_E.min() < 0:
             raise ValueError(f"home_E needs one rank for each of {num_experts} experts; got {self.home_E.tolist()}")
 
-    def select_rows(self, priced_TE: Tensor, tokens: Tokens) -> Rows:
-        table_TK = forced_experts(priced_TE.shape[0], self.top_k, self.home_E, source=self.source)
-        return token_major(torch.from_numpy(table_TK).to(priced_TE.device, non_blocking=True))
+    def select_rows(self, score_TE: Tensor, price_E: Tensor, tokens: Tokens) -> Rows:
+        table_TK = forced_experts(score_TE.shape[0], self.top_k, self.home_E, source=self.source)
+        return token_major(torch.from_numpy(table_TK).to(score_TE.device, non_blocking=True))
 
 
 def forced_experts(num_tokens: int, top_k: int, home_E: NDArray[np.int64], *, source: int = 0) -> NDArray[np.int64]:

@@ -86,13 +86,17 @@ class Library:
 
 @contextmanager
 def python_only() -> Iterator[None]:
-    """The Python path in this process, for tests and benchmarks of both."""
+    """The Python path in this process, for tests and benchmarks of both: neither C++ nor the router's Triton kernel."""
     global _python_only
     before, _python_only = _python_only, True
     try:
         yield
     finally:
         _python_only = before
+
+
+def is_python_only() -> bool:
+    return _python_only
 
 
 def address(array: NDArray[np.generic]) -> int:
@@ -171,6 +175,6 @@ DECIDERS = Library(
         "evenmoe_level": "pnnppn",
         "evenmoe_token_ends": "ppnnnppn",
         "evenmoe_expert_ends": "ppnnndppn",
-        "evenmoe_top_k": "pnnnppn",
+        "evenmoe_top_k": "ppnnnppn",
     },
 )

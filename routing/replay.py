@@ -228,7 +228,7 @@ def _own(router: Router, choice: Choice) -> IntArray:
     price_E = router.balancer.quote(
         score_TE, router.price_E, router.top_k, valid_T=choice.valid_T, settled=router.settled
     )
-    rows = router.select_rows(score_TE - price_E, Tokens(choice.valid_T, choice.length))
+    rows = router.select_rows(score_TE, price_E, Tokens(choice.valid_T, choice.length))
     expert_N = rows.expert_N
     if choice.valid_T is not None:
         expert_N = expert_N.where(choice.valid_T[rows.token_N], NOWHERE)

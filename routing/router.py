@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from routing.balancer import Balancer, Unpriced
 from routing.capacity import Drop, Dropless
 from routing.choice import NOWHERE, Choice
+from routing.gate import outside_autocast
 from routing.metrics import mean_score
 from routing.schedule import Sparsify
 from routing.scores import Score, Softmax, at_least_fp32
@@ -132,9 +133,8 @@ class Router(nn.Module):
         )
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        dtype = at_least_fp32(x_TD.dtype)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return self.score.logits(x_TD.to(dtype), self.weight.to(dtype))
+        with outside_autocast(x_TD):
+            return self.score.logits(x_TD, self.weight)
 
     @torch.no_grad()
     def choose(self, score_TE: Tensor, tokens: Tokens, luck_TE: Tensor | None) -> tuple[Rows, Tensor]:
@@ -142,13 +142,13 @@ class Router(nn.Module):
         quoted_E = self.balancer.quote(score_TE, self.price_E, self.top_k, valid_T=tokens.valid_T, settled=self.settled)
         if quoted_E is self.price_E:
             quoted_E = quoted_E.clone()  # whoever keeps the choice keeps its prices, not the next step's
-        rows = self.select_rows(score_TE - quoted_E, tokens)
+        rows = self.select_rows(score_TE, quoted_E, tokens)
         if tokens.valid_T is not None:
             rows = rows._replace(expert_N=rows.expert_N.where(tokens.valid_T[rows.token_N], NOWHERE))
         return self.drop(rows, score_TE, luck_TE, self.top_k, tokens), quoted_E
 
-    def select_rows(self, priced_TE: Tensor, tokens: Tokens) -> Rows:
-        return self.select(priced_TE, self.top_k, tokens)
+    def select_rows(self, score_TE: Tensor, price_E: Tensor, tokens: Tokens) -> Rows:
+        return self.select(score_TE, price_E, self.top_k, tokens)
 
     @torch.no_grad()
     def observe(self, choice: Choice) -> None:
@@ -186,7 +186,9 @@ class Router(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Prices of another balancer are welcome; the statistics of its unfinished step mean nothing to this one. All
-        of them: tokens whose scores it did not see must not count, either."""
+        of them: tokens whose scores it did not see must not count, either. They are known by their names and shapes:
+        those of a Quantile with another reach, or of EdgeQuantile, pass for one's own. That makes the next prices less
+        good, and those after them as good as ever; nothing is saved with them that would tell."""
         wanted = {prefix + _STAT + name: stat for name, stat in self.stats.items()}
         saved = [key for key in state_dict if key.startswith(prefix + _STAT)]
         if {key: state_dict[key].shape for key in saved} != {key: stat.shape for key, stat in wanted.items()}:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from routing.gate import gate
+
 
 class Score(Protocol):
     range: ClassVar[float] = math.inf
@@ -19,8 +21,8 @@ class Score(Protocol):
         """logit_TE -> score_TE"""
 
     def logits(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        """The likeness of each token to each expert, both in fp32 or better. -> logit_TE"""
-        return F.linear(x_TD, weight_ED)
+        """The likeness of each token to each expert. -> logit_TE, computed in fp32 or better"""
+        return gate(x_TD, weight_ED, at_least_fp32(x_TD.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,8 @@ class Cosine(Softmax):
             raise ValueError(f"Cosine has temperature={self.temperature}; use more than 0, such as 0.07")
 
     def logits(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        return F.linear(_unit(x_TD), _unit(weight_ED)) / self.temperature
+        dtype = at_least_fp32(x_TD.dtype)
+        return F.linear(_unit(x_TD.to(dtype)), _unit(weight_ED.to(dtype))) / self.temperature
 
 
 def _unit(x_TD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Selectors: from priced scores to rows. They choose and do not weigh, so nothing here has a gradient."""
+"""Selectors: from scores and prices to rows. They choose and do not weigh, so nothing here has a gradient."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def check_tokens(tokens: Tokens, num_tokens: int) -> None:
 
 
 class Select(Protocol):
-    def __call__(self, priced_TE: Tensor, top_k: int, tokens: Tokens) -> Rows:
-        """priced_TE, the scores less the prices -> rows. Those of padding need not be told: the Router will."""
+    def __call__(self, score_TE: Tensor, price_E: Tensor, top_k: int, tokens: Tokens) -> Rows:
+        """By score less price. -> rows; those of padding need not be told: the Router will."""
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Raise ValueError if this selector cannot choose top_k of num_experts."""
@@ -64,11 +64,15 @@ class TopK:
 
     groups > 1 limits a token to the experts of its `keep` best groups, a group being num_experts / groups neighbours. A
     group is worth its best expert ("max") or its two best together ("top2sum").
+
+    fused: prices and top-k in one Triton kernel, fp32 on GPUs from Ampere on where Triton is, which takes the lowest of
+    equals. No GPU has run it yet.
     """
 
     groups: int = 1
     keep: int = 1
     worth: Literal["max", "top2sum"] = "max"
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.keep <= self.groups:
@@ -84,24 +88,24 @@ class TopK:
         if top_k > (reach := self.keep * num_experts // self.groups):
             raise ValueError(f"top_k={top_k}, but {self.keep} of {self.groups} groups hold only {reach} experts")
 
-    def __call__(self, priced_TE: Tensor, top_k: int, tokens: Tokens) -> Rows:
+    def __call__(self, score_TE: Tensor, price_E: Tensor, top_k: int, tokens: Tokens) -> Rows:
         if self.keep < self.groups:
-            priced_TE = self._keep_best_groups(priced_TE)
-        return token_major(best_experts(priced_TE, top_k))
+            score_TE = self._keep_best_groups(score_TE, price_E)
+        return token_major(best_experts(score_TE, price_E, top_k, self.fused))
 
-    def _keep_best_groups(self, priced_TE: Tensor) -> Tensor:
-        """-inf outside the best groups. (Zero would win against negative priced scores.)"""
-        priced_TGE = rearrange(priced_TE, "t (g e) -> t g e", g=self.groups)
+    def _keep_best_groups(self, score_TE: Tensor, price_E: Tensor) -> Tensor:
+        """-inf outside the best groups. (Zero could win against what others score less their prices.)"""
+        priced_TGE = rearrange(score_TE - price_E, "t (g e) -> t g e", g=self.groups)
         best = min(2 if self.worth == "top2sum" else 1, priced_TGE.shape[-1])
         worth_TG = priced_TGE.topk(best, dim=-1).values.sum(dim=-1)
         out_TG = torch.ones_like(worth_TG, dtype=torch.bool)
         out_TG.scatter_(1, worth_TG.topk(self.keep, dim=-1).indices, False)
         out_TE = repeat(out_TG, "t g -> t (g e)", e=priced_TGE.shape[-1])
-        return priced_TE.masked_fill(out_TE, float("-inf"))
+        return score_TE.masked_fill(out_TE, float("-inf"))
 
 
 def token_major(expert_TK: Tensor) -> Rows:
     """expert_TK as rows, K for each token, in token order."""
     num_tokens, top_k = expert_TK.shape
-    token_N = repeat(torch.arange(num_tokens, device=expert_TK.device), "t -> (t k)", k=top_k)
-    return Rows(token_N, rearrange(expert_TK, "t k -> (t k)"), top_k)
+    token_T1 = torch.arange(num_tokens, device=expert_TK.device)[:, None]
+    return Rows(token_T1.expand(-1, top_k).reshape(-1), expert_TK.reshape(-1), top_k)

@@ -31,6 +31,6 @@ class Threshold:
                 f"use 1 <= top_k <= most <= num_experts"
             )
 
-    def __call__(self, priced_TE: Tensor, top_k: int, tokens: Tokens) -> Rows:
-        best_TK = priced_TE.topk(self.most, dim=-1)
+    def __call__(self, score_TE: Tensor, price_E: Tensor, top_k: int, tokens: Tokens) -> Rows:
+        best_TK = (score_TE - price_E).topk(self.most, dim=-1)
         return token_major(best_TK.indices.where(best_TK.values > 0, NOWHERE))

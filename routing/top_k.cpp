@@ -1,4 +1,5 @@
-// The K best experts of each token, best first, from rows as they lie: 16 tokens side by side, and no sort of anything.
+// The K best experts of each token by score less price, best first, from rows as they lie: 16 tokens side by side, and no
+// sort of anything.
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -13,7 +14,8 @@ typedef int32_t Whole __attribute__((vector_size(lanes * sizeof(int32_t))));
 // Each score sinks, with its expert, through the K + 1 largest so far. A token is odd where torch's order among equals
 // would matter, or a NaN is among them.
 template <int K>
-void top_k(const float *score_TE, int64_t tokens, int64_t experts, int64_t *expert_TK, uint8_t *odd_T, int threads) {
+void top_k(const float *score_TE, const float *price_E, int64_t tokens, int64_t experts, int64_t *expert_TK, uint8_t *odd_T,
+           int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t first = 0; first < tokens; first += lanes) {
         int64_t width = std::min(lanes, tokens - first);
@@ -23,6 +25,7 @@ void top_k(const float *score_TE, int64_t tokens, int64_t experts, int64_t *expe
         for (int64_t e = 0; e < experts; e++) {
             for (int64_t i = 0; i < width; i++) sinking[i] = score_TE[(first + i) * experts + e];
             Whole expert = Whole{} + int32_t(e);
+            sinking -= price_E[e];
             odd |= sinking != sinking;
             for (int i = 0; i <= K; i++) {
                 Whole above = sinking > best[i], passed = above ? who[i] : expert;
@@ -47,8 +50,8 @@ template <size_t... I> auto top_k_of(int64_t k, std::index_sequence<I...>) {
 }  // namespace
 
 // 1 <= k <= 16, k <= experts -> how many tokens are odd
-extern "C" int64_t evenmoe_top_k(const float *score_TE, int64_t tokens, int64_t experts, int64_t k, int64_t *expert_TK,
-                                 uint8_t *odd_T, int64_t threads) {
-    top_k_of(k, std::make_index_sequence<most_k>())(score_TE, tokens, experts, expert_TK, odd_T, threads);
+extern "C" int64_t evenmoe_top_k(const float *score_TE, const float *price_E, int64_t tokens, int64_t experts, int64_t k,
+                                 int64_t *expert_TK, uint8_t *odd_T, int64_t threads) {
+    top_k_of(k, std::make_index_sequence<most_k>())(score_TE, price_E, tokens, experts, expert_TK, odd_T, threads);
     return std::count(odd_T, odd_T + tokens, 1);
 }

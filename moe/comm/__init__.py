@@ -1,7 +1,7 @@
 """The only place that talks to torch.distributed. Every rank runs every collective, with rows or without."""
 
 from moe.comm.ballot import Ballot
-from moe.comm.exchange import exchange, gather_rows
+from moe.comm.exchange import exchange, exchange_into, gather_rows
 from moe.comm.group import (
     EVERYONE,
     Everyone,
@@ -51,6 +51,7 @@ __all__ = [
     "ask",
     "checksums",
     "exchange",
+    "exchange_into",
     "gather_counts",
     "gather_objects",
     "gather_rows",

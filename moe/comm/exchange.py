@@ -27,6 +27,16 @@ def exchange(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers
     return row_MD
 
 
+def exchange_into(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], row_MD: Tensor, peers: Peers) -> None:
+    """As exchange, without gradients, and the rows arrive in row_MD, which lies in one piece."""
+    if peers.group is None:
+        row_MD.copy_(row_ND)
+        return
+    target, source = _bytes_of(row_MD), _bytes_of(row_ND.contiguous())
+    with reaching_peers():
+        dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group)
+
+
 def gather_rows(row_ND: Tensor, count_R: Sequence[int], peers: Peers) -> Tensor:
     """Every rank's rows on every rank: count_R[r] from rank r, in the order of the ranks. Not differentiable.
 
@@ -77,25 +87,26 @@ def exchange_later(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int],
     """As exchange, without gradients, and this rank goes on while the rows travel."""
     if peers.group is None:
         return Arriving(row_ND, row_ND, None)
-    row_MD, target, source = _sides(row_ND, recv_R)
+    row_MD, source = _room(row_ND, recv_R), row_ND.contiguous()
+    target, sent = _bytes_of(row_MD), _bytes_of(source)
     with reaching_peers():
-        work = dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group, async_op=True)
+        work = dist.all_to_all_single(target, sent, list(recv_R), list(send_R), group=peers.group, async_op=True)
     return Arriving(row_MD, source, work)
 
 
 def _swap(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: Peers) -> Tensor:
     if peers.group is None:
         return row_ND.clone()
-    row_MD, target, source = _sides(row_ND, recv_R)
-    with reaching_peers():
-        dist.all_to_all_single(target, source, list(recv_R), list(send_R), group=peers.group)
+    row_MD = _room(row_ND, recv_R)
+    exchange_into(row_ND, send_R, recv_R, row_MD, peers)
     return row_MD
 
 
-def _sides(row_ND: Tensor, recv_R: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """-> the rows to come, and what is received and sent in their stead where a type does not travel"""
-    row_MD = row_ND.new_empty(sum(recv_R), *row_ND.shape[1:])
-    source, target = row_ND.contiguous(), row_MD
-    if source.is_floating_point() and source.element_size() == 1:  # no backend reduces fp8, but all carry bytes
-        source, target = source.view(torch.uint8), target.view(torch.uint8)
-    return row_MD, target, source
+def _room(row_ND: Tensor, recv_R: Sequence[int]) -> Tensor:
+    """For the rows to come."""
+    return row_ND.new_empty(sum(recv_R), *row_ND.shape[1:])
+
+
+def _bytes_of(row_XD: Tensor) -> Tensor:
+    """What travels in the rows' stead where their type does not: no backend reduces fp8, but all carry bytes."""
+    return row_XD.view(torch.uint8) if row_XD.is_floating_point() and row_XD.element_size() == 1 else row_XD

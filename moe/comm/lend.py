@@ -145,6 +145,10 @@ def _travel(stacks: Sequence[Tensor], slots: Sequence[int], trip: _Trip) -> Comi
 def _add_to_slots(grad: Tensor, slots: tuple[int, ...], more: Tensor, before: int = 0) -> None:
     """grad[slot] += what came for it, in fp32 or better, rounded once. The first `before` rows come before its own."""
     dtype = at_least_fp32(grad.dtype)
+    if dtype == grad.dtype and not before:
+        for slot, term in zip(slots, more, strict=True):
+            grad[slot].add_(term)
+        return
     for touched in dict.fromkeys(slots):
         came = [index for index, slot in enumerate(slots) if slot == touched]
         terms = [*(more[i] for i in came if i < before), grad[touched], *(more[i] for i in came if i >= before)]

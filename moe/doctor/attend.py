@@ -57,7 +57,7 @@ class Attendance:
     def _ends(self, module: nn.Module, args: Any, out: Any) -> None:
         self._mask = None
         for examiner in self.examiners:
-            examiner.outer(out, module.training)
+            examiner.guarded(examiner.outer)(out, module.training)
 
     def _entering(self, block: Block) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
@@ -65,16 +65,16 @@ class Attendance:
             if self._resting and not again and module.training:  # an evaluation may come before prices are settled
                 self._resting = False
                 for examiner in self.examiners:
-                    examiner.opens()
+                    examiner.guarded(examiner.opens)()
             for examiner in self.examiners:
-                examiner.enters(block, again)
+                examiner.guarded(examiner.enters)(block, again)
 
         return enter
 
     def _leaving(self, block: Block) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             for examiner in self.examiners:
-                examiner.leaves(block, recomputing())
+                examiner.guarded(examiner.leaves)(block, recomputing())
 
         return leave
 
@@ -87,7 +87,7 @@ class Attendance:
             heard = Heard(block, said, real_T, said.real_T is not None, again, block.module.training)
             with torch.no_grad():
                 for examiner in self.examiners:
-                    examiner.hears(heard)
+                    examiner.guarded(examiner.hears)(heard)
 
         return tell
 
@@ -98,7 +98,7 @@ class Attendance:
         self._resting = True
         self.steps += 1
         for examiner in self.examiners:
-            examiner.steps(held)
+            examiner.guarded(examiner.steps)(held)
 
     def _clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -114,10 +114,10 @@ class Attendance:
                 parameters = bound.arguments[first] = [what] if isinstance(what, Tensor) else list(what)
             mine = any(id(p) in self._own for p in parameters)
             for examiner in self.examiners if mine else ():
-                examiner.clips(parameters, float(bound.arguments["norm_type"]))
+                examiner.guarded(examiner.clips)(parameters, float(bound.arguments["norm_type"]))
             norm = original(*bound.args, **bound.kwargs)
             for examiner in self.examiners if mine else ():
-                examiner.clipped(float(norm))
+                examiner.guarded(examiner.clipped)(float(norm))
             return norm
 
         return clip

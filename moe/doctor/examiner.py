@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from traceback import extract_tb
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moe.doctor.block import Block, Said
 from moe.doctor.symptom import Symptom
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,10 +39,29 @@ class Heard(NamedTuple):
 
 
 class Examiner:
-    """All that may be asked of one; each does what concerns it. Nothing here may change a tensor of the run."""
+    """All that may be asked of one; each does what concerns it. Nothing here may change a tensor of the run, or end
+    it: see `guarded`. failure: why this one ended itself, "" if it did not."""
+
+    failure = ""
 
     def __init__(self, case: Case) -> None:
         self.case = case
+        self.handles: list[RemovableHandle] = []
+
+    def guarded(self, act: Callable[P, T]) -> Callable[P, T | None]:
+        """`act`, for whoever calls it from the run: an error in it is the end of this examiner, and of nothing else."""
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> T | None:
+            if self.failure:
+                return None
+            try:
+                return act(*args, **kwargs)
+            except Exception as error:
+                at = extract_tb(error.__traceback__)[-1]
+                self.failure = f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"
+                return None
+
+        return call
 
     def opens(self) -> None:
         """Before the first forward of a step, and at the end: whatever follows a step has been done."""
@@ -64,6 +89,8 @@ class Examiner:
 
     def close(self) -> None:
         """The examination is over; nothing of it may stay."""
+        for handle in self.handles:
+            handle.remove()
 
     def evidence(self) -> Any:
         """Of this rank. It is pickled."""

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from moe.doctor.block import Weight
 from moe.doctor.examiner import Case, Examiner
@@ -39,7 +38,6 @@ class ExpertGradients(Examiner):
         self.taken = False
         self.through: dict[str, Through] = {}
         self.plain: dict[str, nn.Linear] = {}
-        self.handles: list[RemovableHandle] = []
         inside = {inner for block in case.blocks if block.experts is not None for inner in block.experts.modules()}
         for name, module in case.model.named_modules():
             if type(module) is nn.Linear and module not in inside and len(self.plain) < REFERENCES:
@@ -50,17 +48,13 @@ class ExpertGradients(Examiner):
                 self._watch(block.name, block.experts)
 
     def _watch(self, name: str, module: nn.Module) -> None:
-        through = self.through[name] = Through()
+        through = self.through[name] = Through(guard=self.guarded)
 
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             if isinstance(out, Tensor):
                 through.watch(out)
 
-        self.handles.append(module.register_forward_hook(hook))
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.handles.append(module.register_forward_hook(self.guarded(hook)))
 
     def clips(self, parameters: Sequence[Tensor], norm_type: float) -> None:
         self._take()

@@ -11,7 +11,7 @@ and the columns must agree on it, or nothing is said.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +27,9 @@ Columns = NDArray[np.float64]
 
 @dataclass
 class Through:
-    """What went through a module since `clear`: sum over tokens of y dy, for each column."""
+    """What went through a module since `clear`: sum over tokens of y dy, for each column. guard: of the examiner."""
 
+    guard: Callable[[Callable[[Tensor], None]], Callable[[Tensor], None]]
     total: Columns | None = None
 
     def watch(self, y: Tensor) -> None:
@@ -40,7 +41,7 @@ class Through:
             product = (value.double() * dy.detach().double()).reshape(-1, value.shape[-1]).sum(dim=0).cpu().numpy()
             self.total = product if self.total is None else self.total + product
 
-        y.register_hook(add)  # type: ignore[no-untyped-call]
+        y.register_hook(self.guard(add))  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
         self.total = None

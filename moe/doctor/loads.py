@@ -55,10 +55,9 @@ class IdleRanks(Examiner):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         self.rows: dict[str, Any] = {}
-        self.handles = []
         for name, module in case.model.named_modules():
             if isinstance(module, MoE) and module.peers.size > 1:
-                self.handles.append(module.observe(self._listener(name or "model")))
+                self.handles.append(module.observe(self.guarded(self._listener(name or "model"))))
 
     def _listener(self, name: str) -> Callable[[Choice, Assignment], None]:
         def listen(choice: Choice, assignment: Assignment) -> None:
@@ -66,10 +65,6 @@ class IdleRanks(Examiner):
             self.rows[name] = self.rows.get(name, 0) + both
 
         return listen
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
 
     def evidence(self) -> Any:
         return self.rows

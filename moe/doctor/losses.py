@@ -72,12 +72,12 @@ class AuxLoss(Examiner):
         def charged(grad: Tensor) -> None:
             forward.aux = (forward.aux or 0.0) + float(grad)
 
-        logits.register_hook(main)  # type: ignore[no-untyped-call]
+        logits.register_hook(self.guarded(main))  # type: ignore[no-untyped-call]
         aux = getattr(out, "aux_loss", None)
         if isinstance(aux, Tensor) and self.coefficient and aux.numel() == 1:
             forward.aux = 0.0
             if aux.requires_grad:
-                aux.register_hook(charged)  # type: ignore[no-untyped-call]
+                aux.register_hook(self.guarded(charged))  # type: ignore[no-untyped-call]
 
     def steps(self, held: Sequence[Tensor]) -> None:
         done = [(forward, slips) for forward, slips in zip(self.forwards, self.slips) if forward.reached]
@@ -144,7 +144,7 @@ class Unused(Examiner):
         def hit(grad: Tensor) -> None:
             count[1] += 1
 
-        aux.register_hook(hit)  # type: ignore[no-untyped-call]
+        aux.register_hook(self.guarded(hit))  # type: ignore[no-untyped-call]
 
     def evidence(self) -> Any:
         return self.fired

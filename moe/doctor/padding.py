@@ -48,13 +48,8 @@ class PaddingPays(Examiner):
         super().__init__(case)
         self.paid = {block.name: [0, 0] for block in case.blocks}
         self.open: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
-        self.handles = []
         for block in case.blocks:
-            self.handles.append(block.module.register_forward_hook(self._output(block)))
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+            self.handles.append(block.module.register_forward_hook(self.guarded(self._output(block))))
 
     def enters(self, block: Block, again: bool) -> None:
         self.open.pop(block.name, None)
@@ -83,7 +78,7 @@ class PaddingPays(Examiner):
             self.paid[name][0] += int((pays_T & idle_T).sum())
             self.paid[name][1] += int(idle_T.sum())
 
-        logits.register_hook(judge)  # type: ignore[no-untyped-call]
+        logits.register_hook(self.guarded(judge))  # type: ignore[no-untyped-call]
 
     def _output(self, block: Block) -> Any:
         def hook(module: Any, args: Any, out: Any) -> None:
@@ -94,7 +89,7 @@ class PaddingPays(Examiner):
             real_T, grads = known
             if out.numel() == len(real_T) * out.shape[-1]:
                 keep = partial(_keep, grads, len(real_T))
-                out.register_hook(keep)  # type: ignore[no-untyped-call]
+                out.register_hook(self.guarded(keep))  # type: ignore[no-untyped-call]
 
         return hook
 

@@ -22,7 +22,7 @@ from moe.doctor.losses import AuxLoss, PooledLayers, Unused
 from moe.doctor.padding import PaddingPays, PaddingUntold
 from moe.doctor.prices import PriceClock
 from moe.doctor.scores import FlatRouter, RouterPrecision
-from moe.doctor.symptom import Report, Symptom, together
+from moe.doctor.symptom import Report, Symptom, left_out, together
 
 EXAMINERS: tuple[type[Examiner], ...] = (
     Counts, PaddingUntold, PaddingPays, AuxLoss, Unused, PooledLayers, PriceClock, Agreement, PriceUse,
@@ -41,7 +41,7 @@ class Examination:
                 f"doctor(model, blocks=[Block(...)])"
             )
         self.case = Case(model=model, blocks=found)
-        self.examiners = [kind(self.case) for kind in EXAMINERS]
+        self.examiners = [_begun(kind, self.case) for kind in EXAMINERS]
         self.attendance = Attendance(model, found, self.examiners)
         self.report: Report | None = None
 
@@ -59,22 +59,46 @@ class Examination:
         if self.report is not None:
             return self.report
         for examiner in self.examiners:
-            examiner.opens()
+            examiner.guarded(examiner.opens)()
         self.close()
         peers = Peers.of(None if alone else EVERYONE)
-        evidence_R: list[list[Any]] = gather_objects([examiner.evidence() for examiner in self.examiners], peers)
-        found: dict[tuple[str, str], Symptom] = {}
-        for examiner, own_R in zip(self.examiners, zip(*evidence_R)):
-            for symptom in examiner.conclude(own_R, self.steps):
-                found.setdefault((symptom.name, symptom.module), symptom)
         self.report = Report(
-            symptoms=together(list(found.values())),
+            symptoms=self._asked(peers),
             steps=self.steps,
             blocks=tuple(block.name for block in self.case.blocks),
             ranks=peers.size,
             alone=alone and Peers.of(EVERYONE).size > 1,
         )
         return self.report
+
+    def _asked(self, peers: Peers) -> tuple[Symptom, ...]:
+        """What was found. An examiner that failed on a rank, here or before, is left out on all, and they say so."""
+
+        def concluded(each: Examiner, evidence_R: Sequence[Any]) -> list[Symptom]:
+            return list(each.conclude(evidence_R, self.steps))
+
+        every, said = self.examiners, []
+        told_R = gather_objects([(each.guarded(each.evidence)(), each.failure) for each in every], peers)
+        for each, own_R in zip(every, zip(*told_R)):
+            evidence_R, failures = zip(*own_R)
+            said.append(None if any(failures) else each.guarded(concluded)(each, evidence_R))
+        failure_R = gather_objects([each.failure for each in every], peers)  # a rank may fail in concluding, too
+        found: dict[tuple[str, str], Symptom] = {}
+        failed: list[Symptom] = []
+        for each, symptoms, failures in zip(every, said, zip(*failure_R)):
+            if any(failures):
+                failed += left_out(type(each).__name__, failures)
+                continue
+            for symptom in symptoms or ():
+                found.setdefault((symptom.name, symptom.module), symptom)
+        return together([*found.values(), *failed])
+
+
+def _begun(kind: type[Examiner], case: Case) -> Examiner:
+    """One that cannot begin has failed like any other, and keeps its name."""
+    examiner = kind.__new__(kind)
+    examiner.guarded(kind.__init__)(examiner, case)
+    return examiner
 
 
 class Pending:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,6 +67,19 @@ def together(symptoms: Sequence[Symptom]) -> tuple[Symptom, ...]:
         Symptom(name=name, module=", ".join(modules), evidence=evidence, remedy=remedy)
         for (name, evidence, remedy), modules in alike.items()
     )
+
+
+def left_out(examiner: str, failure_R: Sequence[str]) -> Iterator[Symptom]:
+    """failure_R: why it failed on each rank, "" where it did not."""
+    for failure in sorted(set(failure_R) - {""}):
+        ranks = ", ".join(str(rank) for rank, each in enumerate(failure_R) if each == failure)
+        yield Symptom(
+            name="examiner-failed",
+            module="",
+            evidence=f"{examiner} failed on rank {ranks}: {failure}",
+            remedy="what it looks for was not looked for, all else was; mend the Block if you described it, or report "
+            "this as an error of moe-doctor",
+        )
 
 
 def _counted(number: int, noun: str) -> str:

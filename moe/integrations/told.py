@@ -62,11 +62,11 @@ class ToldRouter(Router):
         """What is ruled out scores nothing in the statistics."""
         super().observe(replace(choice, score_TE=choice.logit_TE))
 
-    def select_rows(self, priced_TE: Tensor, tokens: Tokens) -> Rows:
+    def select_rows(self, score_TE: Tensor, price_E: Tensor, tokens: Tokens) -> Rows:
         """Without a balancer, what the host's own call answered: to the last tie."""
         if self._answer is not None and isinstance(self.balancer, Unpriced):
             return self._answer
-        return super().select_rows(priced_TE, tokens)
+        return super().select_rows(score_TE, price_E, tokens)
 
     def ask(self, score_TE: Tensor, host: Callable[[Tensor], Tensor], valid_T: Tensor | None = None) -> Tensor:
         """In place of the host's own choice. host: scores -> the experts it would take, [T, K]. -> expert_TK

@@ -1,8 +1,8 @@
-"""The floor under every layer of experts: dense matmuls of the same FLOPs, with no routing and no activation."""
+"""The floors under every layer of experts: matmuls of the same FLOPs and nothing else, no routing, no activation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,5 +22,18 @@ def dense(make: Callable[[int, int], Tensor], rows: int, dim: int, hidden: int, 
             torch.mm(y_ND.t(), a_NF, out=ddown)
             torch.mm(dh_NF.t(), x_ND, out=dup)
             torch.mm(dh_NF, up, out=y_ND)
+
+    return once
+
+
+def by_expert(
+    make: Callable[[int, int], Tensor], rows_E: Sequence[int], dim: int, hidden: int, backward: bool
+) -> Callable[[], None]:
+    """The same, one expert after the other, each with weights of its own and its own number of rows."""
+    runs = [dense(make, rows, dim, hidden, backward) for rows in rows_E if rows]
+
+    def once() -> None:
+        for run in runs:
+            run()
 
     return once

@@ -3,12 +3,13 @@
     python -m scripts.bench.experts [--rounds 5] [--only wide-64x8]
 
 One thread, CPU seconds of the process, so other work on the machine matters little. The floor is two matmuls of all
-rows together (six with backward) into memory that is there already: the same FLOPs, no routing, no activation. Every
-candidate starts from the chosen experts and their weights, sorts, computes and adds up. The peers are transformers'
-Qwen3 experts, in a loop ("eager") and grouped, and Megatron-Core's SequentialMLP; each must give what ours gives before
-it is timed, and what is not installed is left out and said. A candidate that takes more than five times the floor is
-run once, marked "once", and does not hold up the others. "again" is ours a second time: a difference within |again/ours
-- 1| is noise. "torch" is ours without the compiled path, whether or not it is built.
+rows together (six with backward) into memory that is there already: the same FLOPs, no routing, no activation. "by
+expert" is the same with each expert's own rows and weights: nothing that multiplies expert by expert can take less.
+Every candidate starts from the chosen experts and their weights, sorts, computes and adds up. The peers are
+transformers' Qwen3 experts, in a loop ("eager") and grouped, and Megatron-Core's SequentialMLP; each must give what
+ours gives before it is timed, and what is not installed is left out and said. A candidate that takes more than five
+times the floor is run once, marked "once", and does not hold up the others. "again" is ours a second time: a difference
+within |again/ours - 1| is noise. "torch" is ours without the compiled path, whether or not it is built.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from moe.guests import Nobody
 from placement import RoundRobin, Topology
 from routing import AtHome, Choice
 from scripts.bench.clock import reason
-from scripts.bench.dense import dense
-from scripts.bench.measured import Measured, shared
+from scripts.bench.dense import by_expert, dense
+from scripts.bench.measured import BACKWARD, FORWARD, Measured, shared
 from scripts.bench.peers import FAILURES, MAKERS, Case, Peer, peers_of
 from scripts.bench.table import Samples, band, cpu_seconds, in_python, interleaved, median_ratio, show
 
@@ -42,7 +43,7 @@ Run = Callable[[], Tensor | None]
 TYPES = (torch.float32, torch.bfloat16)
 SLOW = 5.0
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # others round more often
-COLUMNS = ("ours", "again", "torch", "grouped", *MAKERS)
+COLUMNS = ("by expert", "ours", "again", "torch", "grouped", *MAKERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,8 @@ class Bench:
         return {"floor": self.floor(), "ours": self.run(Fastest()), "again": self.run(Fastest())}
 
     def variants(self) -> dict[str, Run]:
-        return {"torch": in_python(self.run(Fastest())), "grouped": in_python(self.run(Grouped()))}
+        python = {"torch": in_python(self.run(Fastest())), "grouped": in_python(self.run(Grouped()))}
+        return {"by expert": self.floor_by_expert(), **python}
 
     def case(self) -> Case:
         return Case(experts=self.experts, x_TD=self.x_TD, expert_TK=self.expert_TK, weight_TK=self.weight_TK)
@@ -146,10 +148,14 @@ class Bench:
         return once
 
     def floor(self) -> Run:
-        def make(*shape: int) -> Tensor:
-            return torch.randn(*shape, dtype=self.dtype)
+        return dense(self.make, self.load.rows, self.load.dim, self.load.hidden, self.backward)
 
-        return dense(make, self.load.rows, self.load.dim, self.load.hidden, self.backward)
+    def floor_by_expert(self) -> Run:
+        rows_E = self.expert_TK.flatten().bincount(minlength=self.load.experts).tolist()
+        return by_expert(self.make, rows_E, self.load.dim, self.load.hidden, self.backward)
+
+    def make(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=self.dtype)
 
     def saved_mib(self, run: Callable[[], Tensor]) -> float:
         """What autograd keeps from forward to backward, each storage once, weights and the input left out."""
@@ -181,14 +187,14 @@ def main() -> None:
     saved(loads)
 
 
-def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool) -> Iterator[Measured]:
+def suite(names: Sequence[str], seconds: float, count: int, *, kinds: Sequence[str]) -> Iterator[Measured]:
     """Of the named workloads, ours and the peers within so many seconds: for the suite."""
     torch.set_num_threads(1)
     weight = {
         (name, dtype, backward): (3 if backward else 1) * (1 if dtype == torch.float32 else 0.45) * (load.flops + 1e10)
         for name, load in WORKLOADS.items()
         for dtype in TYPES
-        for backward in ((False,) if quick else (False, True))
+        for backward in [kind == BACKWARD for kind in kinds]
         if name in names
     }
     for (name, dtype, backward), budget in shared(seconds, weight):
@@ -199,7 +205,7 @@ def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool) -> I
             del peers["HF eager"]
             absent["HF eager"] = "its backward takes many times the floor here; python -m scripts.bench.experts has it"
         samples, failed = measure(bench.candidates() | peers, count, budget - (time.monotonic() - start), CLOSE[dtype])
-        what = f"{str(dtype).removeprefix('torch.')}, {'forward + backward' if backward else 'forward'}"
+        what = f"{str(dtype).removeprefix('torch.')}, {BACKWARD if backward else FORWARD}"
         yield Measured.of(samples, workload=name, what=what, clock="CPU", absent=absent | failed)
 
 

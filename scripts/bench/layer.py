@@ -30,7 +30,7 @@ from placement import Placement
 from routing import Assigner, Assignment, AtHome, LeastLoaded, Rows, Tokens, TopK, token_major
 from scripts.bench.dense import dense
 from scripts.bench.loads import LOADS, Case
-from scripts.bench.measured import Measured, shared
+from scripts.bench.measured import BACKWARD, FORWARD, Measured, shared
 from scripts.bench.table import Samples, against, band, finish, interleaved, median_ratio, parser, show
 
 TOP_K = 4
@@ -50,7 +50,7 @@ class Told(TopK):
 
     expert_STK: list[Tensor]
 
-    def __call__(self, priced_TE: Tensor, top_k: int, tokens: Tokens) -> Rows:
+    def __call__(self, score_TE: Tensor, price_E: Tensor, top_k: int, tokens: Tokens) -> Rows:
         return token_major(self.expert_STK[0])
 
 
@@ -198,18 +198,18 @@ def timer(steps: Sequence[Callable[[], object]], cpu: list[float]) -> Callable[[
     return once
 
 
-def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool) -> Iterator[Measured]:
+def suite(names: Sequence[str], seconds: float, count: int, *, kinds: Sequence[str]) -> Iterator[Measured]:
     """Of loads named ep2-95:4 and the like, in fp32, within so many seconds: for the suite. Ours is least-loaded, its
     peer is at home, as any expert parallelism without balancing. 2,048 tokens, shared among the ranks; forward alone is
-    measured of three loads."""
+    measured of three loads, unless it is all that is asked for."""
     wanted = {(int(name[2]), name.split("-", 1)[1]) for name in names}
     for ranks in sorted({ranks for ranks, _ in wanted}):
         case = Case(ranks=ranks, experts=CONFIG.num_experts, top_k=TOP_K, tokens=2048 // ranks)
         weight = {
             (load, backward): LOADS[load].steps * (3.0 if backward else 1.0)
             for load in LOADS
-            for backward in (False, True)
-            if (ranks, load) in wanted and (not quick if backward else quick or load in ALONE)
+            for backward in [kind == BACKWARD for kind in kinds]
+            if (ranks, load) in wanted and (backward or load in ALONE or BACKWARD not in kinds)
         }
         share = seconds * sum(each == ranks for each, _ in wanted) / len(wanted)
         with World(ranks, timeout=timedelta(minutes=10)) as world:
@@ -221,7 +221,7 @@ def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool) -> I
                     yield Measured.of(
                         samples,
                         workload=f"ep{ranks}-{load}",
-                        what=f"float32, {'forward + backward' if backward else 'forward'}",
+                        what=f"float32, {BACKWARD if backward else FORWARD}",
                         clock=clock,
                         remark=f"ceiling {told[1]:.2f}" + (", of the busiest rank" if clock == "CPU" else ""),
                         refused=f"refused: {crowded}" if crowded and clock == "wall" else "",

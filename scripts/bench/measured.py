@@ -12,6 +12,8 @@ from scripts.bench.table import Samples, against, band, median_ratio
 
 T = TypeVar("T")
 CLEAN, FEWEST = 0.05, 3
+FORWARD, BACKWARD = "forward", "forward + backward"
+KINDS = (FORWARD, BACKWARD)
 HEADS = (
     *("workload", "what", "clock", "allocator", "ours, ms", "× floor", "best peer", "vs best peer", "noise", "rounds"),
     *("every peer", "remark"),

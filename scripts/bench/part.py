@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scripts.bench import experts, layer, planner, router
 from scripts.bench.loads import LOADS
-from scripts.bench.measured import Measured
+from scripts.bench.measured import KINDS, Measured
 
 PARTS: dict[str, tuple[str, ...]] = {
     "planner": tuple(planner.PLANS),
@@ -35,7 +35,7 @@ def main() -> None:
     arguments.add_argument("--seconds", type=float, required=True)
     arguments.add_argument("--rounds", type=int, required=True)
     arguments.add_argument("--out", type=Path, required=True)
-    arguments.add_argument("--quick", action="store_true")
+    arguments.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     arguments.add_argument("--llep")
     given = arguments.parse_args()
     warnings.filterwarnings("ignore")  # of other projects, as they are imported
@@ -54,7 +54,7 @@ def measurements(given: argparse.Namespace) -> Iterator[Measured]:
         "layer": layer.suite,
         "experts": experts.suite,
     }
-    return suites[given.part](given.names, given.seconds, given.rounds, quick=given.quick)
+    return suites[given.part](given.names, given.seconds, given.rounds, kinds=given.kinds)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,9 @@ def sharing(num_experts: int, ranks: int, slots: int) -> list[list[object]]:
     return rows
 
 
-def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool, their: str | None) -> Iterator[Measured]:
+def suite(
+    names: Sequence[str], seconds: float, count: int, *, kinds: Sequence[str], their: str | None
+) -> Iterator[Measured]:
     """LeastLoaded's plans of the named sizes, experts at home in order, within so many seconds: for the suite. The
     floor is what any assigner takes, the peers are LeastLoaded in Python and LLEP's planner, where `their` names it."""
     torch.set_num_threads(1)

@@ -125,7 +125,7 @@ def quotes(count: int) -> None:
     show("Prices of a batch ÷ (softmax, top-k)", ["batch", *candidates], rows)
 
 
-def suite(names: Sequence[str], seconds: float, count: int, *, quick: bool) -> Iterator[Measured]:
+def suite(names: Sequence[str], seconds: float, count: int, *, kinds: Sequence[str]) -> Iterator[Measured]:
     """Bip's prices in four rounds, of the named batches, within so many seconds: for the suite. The floor is a softmax
     and a top-k of the same scores; the peers are the same rule in torch, and by sorting where that takes no minute."""
     torch.set_num_threads(1)

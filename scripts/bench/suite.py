@@ -6,10 +6,11 @@
     python -m scripts.bench.suite --llep PATH              # LLEP's planner too, from a file of yours: see llep.py
 
 tiny-8x2, wide-64x8, fine-128x8, decode-256: experts on one thread, CPU seconds, over dense matmuls of the same FLOPs,
-under glibc's allocator as it is and tuned. ep2-*, ep4-*: a layer on 2 and 4 processes. bip-*: prices of a batch.
-plan-*: who computes what. A ratio is the median of the rounds', candidates in turn. "vs best peer": times faster than
-the fastest of the others. Noise: by how much two copies of ours differ in a round; what is within it has the mark ≈.
-A wall time counts where other programs took at most 5 % of the CPUs, and needs three such rounds.
+under glibc's allocator as it is and, with backward, tuned. ep2-*, ep4-*: a layer on 2 and 4 processes; of ep4-* only
+some on fewer than four CPUs, unless they are named. bip-*: prices of a batch. plan-*: who computes what. A ratio is the
+median of the rounds', candidates in turn. "vs best peer": times faster than the fastest of the others. Noise: by how
+much two copies of ours differ in a round; what is within it has the mark ≈. A wall time counts where other programs
+took at most 5 % of the CPUs, and needs three such rounds.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.measured import HEADS, Measured, shared
+from scripts.bench.loads import LOADS
+from scripts.bench.measured import HEADS, KINDS, Measured, shared
 from scripts.bench.part import PARTS
 from scripts.bench.table import ALLOCATOR, finish, machine, parser, show, versions
 
 ALLOCATORS = ("default", "tuned")
 TUNED = dict(zip(ALLOCATOR, ("0", "100000000000", "268435456"), strict=True))
-WEIGHT = {"plan": 4.0, "bip": 11.0, "ep2": 13.0, "ep4": 13.0, "tiny": 25.0, "wide": 120.0, "fine": 75.0, "decode": 10.0}
+WEIGHT = {"plan": 3.0, "bip": 11.0, "ep2": 12.0, "ep4": 12.0, "tiny": 43.0, "wide": 155.0, "fine": 90.0, "decode": 10.0}
+STEPS = {f"ep{ranks}-{name}": load.steps for ranks in (2, 4) for name, load in LOADS.items()}
 QUICK = ("plan-256x8", "bip-8k64", "ep2-bal", "ep2-95:4", "ep2-zipf", "tiny-8x2", "wide-64x8", "decode-256")
 NAMES = [name for names in PARTS.values() for name in names]
+CROWDED = ("ep4-bal", "ep4-95:4", "ep4-hot-rank", "ep4-zero-rank", "ep4-zipf", "ep4-rotation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +49,12 @@ class Job:
     part: str
     allocator: str
     names: tuple[str, ...]
+    kinds: tuple[str, ...]
 
     @property
     def weight(self) -> float:
-        """Seconds that it takes, about, on two quiet cores."""
-        return sum(WEIGHT[name.split("-")[0]] for name in self.names) + 8
+        """Seconds that three rounds take, about, on two quiet cores."""
+        return sum(WEIGHT[name.split("-")[0]] * STEPS.get(name, 1) for name in self.names) + 8
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(machine(), ", ".join(f"{name} {version}" for name, version in versions().items()), sep="\n", flush=True)
     start = time.monotonic()
     allocators = given.allocators[:1] if given.quick else given.allocators
-    jobs = jobs_of(given.only or (QUICK if given.quick else NAMES), allocators)
+    jobs = jobs_of(given.only or (QUICK if given.quick else usual()), allocators, KINDS[:1] if given.quick else KINDS)
     minutes = min(given.minutes, 4.0) if given.quick else given.minutes
     found: list[tuple[Job, Measured]] = []
     failed: list[list[object]] = []
@@ -80,12 +85,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     finish(given, seconds=took, measured=[{"allocator": job.allocator, **vars(one)} for job, one in found])
 
 
-def jobs_of(names: Sequence[str], allocators: Sequence[str]) -> list[Job]:
+def usual() -> list[str]:
+    crowded = (os.cpu_count() or 1) < 4
+    return [name for name in NAMES if name in CROWDED or not (crowded and name.startswith("ep4"))]
+
+
+def jobs_of(names: Sequence[str], allocators: Sequence[str], kinds: Sequence[str]) -> list[Job]:
+    """Tuned, with backward alone where that is among them: there it weighs most."""
     jobs = []
     for part, known in PARTS.items():
         chosen = tuple(name for name in known if name in names)
         for allocator in allocators if part == "experts" else ALLOCATORS[:1]:
-            jobs += [Job(part=part, allocator=allocator, names=chosen)] if chosen else []
+            wanted = tuple(kinds[-1:] if allocator == "tuned" else kinds)
+            jobs += [Job(part=part, allocator=allocator, names=chosen, kinds=wanted)] if chosen else []
     return jobs
 
 
@@ -97,7 +109,7 @@ def done(job: Job, seconds: float, given: argparse.Namespace) -> tuple[list[Meas
         out = Path(folder) / "measured"
         command = [sys.executable, "-m", "scripts.bench.part", job.part, *job.names, "--out", str(out)]
         command += ["--seconds", str(seconds), "--rounds", str(given.rounds)]
-        command += ["--quick"] if given.quick else []
+        command += ["--kinds", *job.kinds]
         command += ["--llep", given.llep] if given.llep else []
         reason = ""
         try:

@@ -107,7 +107,7 @@ def interleaved(
         warm = time.monotonic() - start
     left = agree((end - time.monotonic()) / max(warm, 1e-9))
     samples, shuffled = Samples({name: [] for name in candidates}, []), random.Random(0)
-    for _ in range(max(1, int(min(count, left)))):
+    for _ in range(max(1, min(count, round(min(left, count))))):
         watch = Foreign()
         for name in shuffled.sample(list(candidates), len(candidates)):
             samples.seconds[name].append(candidates[name]())

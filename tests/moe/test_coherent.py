@@ -161,16 +161,22 @@ def _gathered() -> bool:
 
 @pytest.mark.parametrize("case", ["nan", "count", "type", "select"])
 def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(world: Worlds, case: str) -> None:
-    wanted = (
-        "NaN or Inf in the router's logits or prices: [1] tokens on ranks [1]"
-        if case == "nan"
-        else "bad input on rank 1"
-    )
-    for error in world(2).run(_refused, case):
+    bad = "NaN or Inf in the router's logits or prices: [1] tokens on ranks [1]"
+    wanted = bad if case == "nan" else "bad input on rank 1"
+    for kind, error in world(2).run(_refused, case):
+        assert kind == "ValueError"
         assert wanted in error
 
 
-def _refused(case: str) -> str:
+@pytest.mark.parametrize("case", ["score", "choose", "norm"])
+def test_whatever_one_rank_fails_with_in_its_decision_the_others_stop_too(world: Worlds, case: str) -> None:
+    """Its own error stays what it is."""
+    other, own = world(2).run(_refused, case)
+    assert other == ("ValueError", "bad input on rank 1: all ranks stop with it (this is rank 0)")
+    assert own == ("RuntimeError", "it broke")
+
+
+def _refused(case: str) -> tuple[str, str]:
     peers = Peers.of(world_group())
     layer = build(config(2), world_group(), None, torch.float64).eval()
     rank_T = np.arange(6) % 2
@@ -181,15 +187,21 @@ def _refused(case: str) -> str:
         x_TD = x_TD.float()
     if case == "select" and peers.rank == 1:
         layer.router.select = _cannot
+    if case in ("score", "choose") and peers.rank == 1:
+        setattr(layer.router, {"score": "logits", "choose": "choose"}[case], _breaks)
     try:
-        follow(layer, x_TD, rank_T, rank_T < 0, lambda x: x)
-    except ValueError as error:
-        return str(error)
-    return ""
+        follow(layer, x_TD, rank_T, rank_T < 0, _breaks if case == "norm" and peers.rank == 1 else lambda x: x)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
 
 
 def _cannot(*_: object) -> None:
     raise ValueError("it wants to know more")
+
+
+def _breaks(*_: object) -> Any:
+    raise RuntimeError("it broke")
 
 
 @pytest.mark.fast

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from moe import World
+from moe import World, dispatch
 from moe.comm import Peers, visitors
 from moe.dispatch import Dispatch
 from placement import RoundRobin, Topology
@@ -150,3 +152,37 @@ def _labels(seed: int) -> dict[int, list[list[int]]]:
     x = torch.tensor([[peers.rank, token] for token in range(choice.num_tokens)], dtype=torch.float64).view(-1, 2)
     parts = torch.split(dispatch.go(x, None)[0][dispatch.index_M], list(dispatch.rows_A))
     return {expert: part.long().tolist() for expert, part in zip(active, parts)}
+
+
+@pytest.mark.fast
+@given(st.lists(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 5)), max_size=7), min_size=1, max_size=4))
+@settings(deadline=None, derandomize=True)
+def test_runs_are_the_same_numbers_written_out_here_or_on_the_device(lists: list[list[tuple[int, int]]]) -> None:
+    segments = [tuple(np.array(runs, dtype=np.int64).reshape(-1, 2).T) for runs in lists]
+    for few in (-1, 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "_FEW", few)
+            written = dispatch._spread(segments, torch.device("cpu"))  # type: ignore[arg-type]
+        assert [part.tolist() for part in written] == [
+            [start + i for start, length in runs for i in range(length)] for runs in lists
+        ]
+        assert all(part.dtype == torch.int64 for part in written)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("top_k", [2, None], ids=["top-k", "any rows"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_rank_alone_computes_every_row_once_whatever_the_order_of_its_experts(seed: int, top_k: int | None) -> None:
+    choice, assignment = random_choice(0, seed, top_k), plan(1, seed, top_k)
+    for active in (list(range(EXPERTS)), [4, 0, 5, 1, 3, 2]):
+        here = Dispatch.of(choice, assignment, active, Peers.of(None))
+        goes_N = choice.expert_N >= 0
+        place_N = here.place_N[goes_N]
+        assert sorted(place_N.tolist()) == list(range(here.num_rows))
+        assert torch.equal(here.index_M[place_N], choice.token_N[goes_N])
+        expert_M = torch.tensor(active).repeat_interleave(torch.tensor(here.rows_A))
+        assert torch.equal(expert_M[place_N], choice.expert_N[goes_N])
+        assert (here.place_N[~goes_N] == here.num_rows).all()
+        assert here.room == int(not goes_N.all())
+        for tokens in here.index_M.split(list(here.rows_A)):
+            assert tokens.tolist() == sorted(tokens.tolist()) or top_k is None

@@ -56,6 +56,13 @@ def test_a_healthy_model_of_ours_has_no_symptoms(balancer: Any, recompute: str) 
     assert (report.steps, len(report.blocks)) == (4, 2)
 
 
+def test_a_router_may_have_a_lone_number_among_its_parameters() -> None:
+    model = LM()
+    for layer in model.layers:
+        layer.router.register_parameter("heat", nn.Parameter(torch.ones(())))
+    assert examined(model, after_step=settle_prices).symptoms == ()
+
+
 @pytest.mark.parametrize("recompute", ["none", "reentrant", "non-reentrant"])
 def test_a_healthy_block_of_somebody_else_has_no_symptoms(recompute: str) -> None:
     model = HomeLM(recompute=recompute)

@@ -116,6 +116,31 @@ def failing() -> str:
         return str(report.report.alone)
 
 
+BREAKING = {
+    "begins": "agreement._digest",
+    "opens": "prices.PriceClock.opens",
+    "hears": "loads.DeadExperts.hears",
+    "in backward": "losses._cross_entropy_scale",
+    "gives evidence": "coverage.Coverage.evidence",
+    "concludes": "counts.Counts.conclude",
+}
+
+
+def broken(what: str) -> Report:
+    """With a trap planted, and on the last rank an examiner that fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            patch.setattr(f"moe.doctor.{what}", _fails)
+        model = LM(group=world_group())
+        with doctor(model) as report:
+            of_rank(before_step=partial(averaged, experts=nothing), after_step=settle_prices)(model)
+    return report.report
+
+
+def _fails(*_: object) -> Any:
+    raise LookupError("it broke")
+
+
 @pytest.mark.parametrize("balancer", [Unpriced(), LossFree(), Bip(), Quantile()], ids=str)
 def test_a_healthy_model_on_two_ranks_has_no_symptoms(world: Worlds, balancer: Any) -> None:
     assert world(2).run(healthy, balancer) == [(set(), "")] * 2
@@ -141,6 +166,15 @@ def test_a_trap_of_many_ranks_is_found_on_every_rank(world: Worlds, run: Any, na
     for found, evidence in world(2).run(run):
         assert found == {name}
         assert told in evidence
+
+
+@pytest.mark.parametrize("what", BREAKING.values(), ids=BREAKING.keys())
+def test_an_examiner_that_fails_on_one_rank_is_told_on_all_and_the_others_go_on(world: Worlds, what: str) -> None:
+    first, second = world(2).run(broken, what)
+    assert first == second
+    assert names(first) == {"expert-gradient-scale", "examiner-failed"}
+    (told,) = [symptom.evidence for symptom in first.symptoms if symptom.name == "examiner-failed"]
+    assert "failed on rank 1: LookupError: it broke (test_doctor_ranks.py, line " in told
 
 
 def test_a_rank_that_fails_reports_alone(world: Worlds) -> None:

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ from moe import GELU, Experts, Fastest, Fused, SwiGLU, World, launch
 from moe.activation import Activation
 from moe.fused import Plan, Tiles, combined, moved, through
 from moe.guests import Nobody
-from moe.launch import Tile, kernels_refuse
+from moe.launch import Share, Tile, kernels_refuse
+from moe.stack import Rows
+from tests.fenced import fenced
 from tests.moe.test_planned import _exact
 from tests.moe.test_visit import alone, choose, literal
 
@@ -28,13 +32,14 @@ BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     device = torch.device(request.param)
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; torch.cuda.is_available() is False")
     if (reason := kernels_refuse(torch.zeros(1, device=device), torch.float32)) is not None:
         pytest.skip(reason)
-    return device
+    with fenced() if device.type == "cpu" else nullcontext():
+        yield device
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def layers(draw: st.DrawFn) -> tuple[Experts, Tensor, Tensor, Tensor]:
     experts, top_k, tokens = (
         draw(st.integers(1, 20)),
         draw(st.integers(1, 3)),
-        draw(st.sampled_from([0, 1, 15, 60, 90])),
+        draw(st.sampled_from([0, 1, 15, 50])),
     )
     dim, hidden = draw(st.sampled_from([1, 17, 32, 40])), draw(st.sampled_from([3, 16, 34]))
     activation: Activation = draw(st.sampled_from([SwiGLU(), GELU()]))
@@ -68,6 +73,8 @@ def layers(draw: st.DrawFn) -> tuple[Experts, Tensor, Tensor, Tensor]:
     few = draw(st.integers(1, experts))
     stack = Experts(dim, hidden, range(experts), activation=activation, bias=draw(st.booleans()), dtype=torch.float64)
     expert_TK = torch.randint(draw(st.sampled_from([-1, 0])), few, (tokens, top_k))
+    if draw(st.booleans()):  # those without rows come first
+        expert_TK = torch.where(expert_TK < 0, expert_TK, experts - 1 - expert_TK)
     weight_TK = torch.randn(tokens, top_k).double() * (expert_TK >= 0)
     return stack, torch.randn(tokens, dim).double(), weight_TK, expert_TK
 
@@ -170,6 +177,70 @@ def test_room_without_rows_is_neither_read_nor_computed(device: torch.device) ->
     assert torch.equal(result_MD[:live], short)
     assert all(grad.isfinite().all() for grad in got)
     assert not got[0][live:].any()
+    rows, share = Rows(source_XD.detach(), None), Share(plan.end_A, many)
+    h_MF = torch.randn(many, 48, device=device)
+    pulled = launch.gated_back(rows, stack, share, h_MF, torch.ones(many, device=device))
+    assert pulled.dot_M is not None
+    assert pulled.dot_M.isfinite().all()
+    assert not pulled.dot_M[live:].any()
+
+
+def test_tiles_of_few_rows_suffice_wherever_they_lie(device: torch.device) -> None:
+    """As many tiles as there can be, each a row of its own expert, behind experts that have none; two blocks wide."""
+    stack, rows = Experts(8, 40, range(20), device=device).stack(), torch.randn(15, 8, device=device)
+    end_A = torch.arange(-4, 16, device=device).clamp(min=0).to(torch.int32)
+    result_MD = launch.times(Rows(rows, None), stack.up, None, Share(end_A, 15), None)
+    torch.testing.assert_close(result_MD, torch.einsum("md,mfd->mf", rows, stack.up[5:]), rtol=1e-5, atol=1e-5)
+
+
+def test_an_expert_without_rows_has_a_gradient_of_zeros_wherever_it_is_written(device: torch.device) -> None:
+    row_XD = torch.randn(3, 8, device=device)
+    end_A = torch.tensor([0, 3, 3], dtype=torch.int32, device=device)
+    out = torch.full((3, 8, 8), torch.nan, device=device)
+    launch.outer(Rows(row_XD, None), Rows(row_XD, None), Share(end_A, 3), out)
+    assert not out[[0, 2]].any()
+    torch.testing.assert_close(out[1], row_XD.T @ row_XD)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_rows_are_added_in_fp32_in_the_order_of_k_and_rounded_once(device: torch.device, weighted: bool) -> None:
+    """Another order, or a sum in the type of the rows, would lose the one."""
+    places = torch.tensor([[0, 2, 1], [0, 1, 2], [1, 2, 0]], device=device)
+    for dtype, large in ((torch.float32, 2.0**24), (torch.bfloat16, 2.0**24), (torch.bfloat16, 2.0**8)):
+        row_XD = torch.tensor([[large], [-large], [1.0]], device=device, dtype=dtype)
+        weight_TK = torch.ones(3, 3, device=device) if weighted else None
+        y_TD = launch.combine(row_XD, places, weight_TK)
+        assert y_TD.flatten().tolist() == ([0.0, 1.0, 1.0] if large > 2**23 else [1.0, 1.0, 1.0])
+
+
+def test_places_are_counted_in_64_bits(device: torch.device) -> None:
+    """Of experts, rows and columns that are far apart, no number of 32 bits is the distance."""
+    if device.type != "cpu":
+        pytest.skip("what a kernel would touch is seen in the interpreter alone")
+    kernels: Any = launch._kernels()
+    source, weight, out = torch.zeros(1), torch.zeros(1), torch.zeros(1)
+    index_M, end_A = torch.arange(16) + 2**28, torch.tensor([0, 0, 16], dtype=torch.int32)
+    beyond: set[int] = set()
+    with fenced(beyond):
+        kernels.times[(1,)](
+            source, index_M, weight, None, end_A, out, 3, 1, 2**30, 16, 2**30, 2**29, 1, INDEXED=True, BIASED=False,
+            EXPERTS=16, ROWS=16, COLUMNS=32, INNER=16, GROUP=1, WIDE=True,
+        )  # fmt: skip
+    few, many = range(16), range(32)
+    want = {source.data_ptr() + 4 * ((2**28 + m) * 16 + k) for m in few for k in few}
+    want |= {weight.data_ptr() + 4 * (2 * 2**30 + n * 2**29 + k) for n in many for k in few}
+    want |= {out.data_ptr() + 4 * (m * 2**30 + n) for m in few for n in many}
+    assert beyond == want - {out.data_ptr()}
+    beyond = set()
+    with fenced(beyond):
+        kernels.outer[(1, 3)](
+            source, index_M, weight, None, end_A, out, 2**15, 2**15, LEFT=True, RIGHT=False, ROWS=16, LEFTS=16,
+            RIGHTS=32, WIDE=True,
+        )  # fmt: skip
+    want = {source.data_ptr() + 4 * ((2**28 + m) * 2**15 + i) for m in few for i in few}
+    want |= {weight.data_ptr() + 4 * (m * 2**15 + j) for m in few for j in many}
+    want |= {out.data_ptr() + 4 * (e * 2**30 + i * 2**15 + j) for e in range(3) for i in few for j in many}
+    assert beyond == want - {weight.data_ptr(), out.data_ptr()}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

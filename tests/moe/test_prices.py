@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe import settle_after, settle_prices
+from moe import settle_after, settle_prices, share_overflow
 from routing import (
     Balancer,
     LossFree,
@@ -82,6 +82,27 @@ def test_a_skipped_step_settles_nothing_and_its_statistics_count_in_the_next(fus
     assert left == [0, TOKENS, 0]
     assert [router.step for router in net.routers] == [2, 2]
     assert net.first.router.closed["tokens"] == 2 * TOKENS
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("bad", [0.0, float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_overflow_anywhere_is_one_in_the_first_gradient_and_no_host_waits(bad: float, dtype: torch.dtype) -> None:
+    """Gradients may lie in memory in any order; a rank may have none of some, or none of any."""
+    weights = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((0, 3), (2, 3), (), (5,), (4,))]
+    for weight in weights[:4]:
+        weight.grad = torch.full_like(weight, 6e4)  # its square is not finite in 16 bits
+    weights[1].grad = torch.full((3, 2), 6e4, dtype=dtype).T
+    weights[3].grad[4] += bad  # type: ignore[index]
+    before = [None if weight.grad is None else weight.grad.clone() for weight in weights]
+    with CountSyncs() as counter:
+        share_overflow(torch.optim.SGD(weights))
+        share_overflow(torch.optim.SGD(weights[4:]))
+    assert counter.syncs == []
+    assert weights[1].grad.isfinite().all() == (bad == 0.0)  # type: ignore[union-attr]
+    before[1][0, 0] = weights[1].grad[0, 0]  # type: ignore[index]
+    for weight, was in zip(weights, before):
+        torch.testing.assert_close(weight.grad, was, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.fast

@@ -11,7 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from moe import MoE, leave_experts_alone, reference, settle_prices
+from moe import (
+    MoE,
+    average_expert_grads,
+    clip_grad_norm,
+    leave_experts_alone,
+    reference,
+    settle_after,
+    settle_prices,
+    share_overflow,
+)
 from moe.comm import world_group
 from routing import (
     Balancer,
@@ -105,6 +114,46 @@ def _halves() -> list[list[float]]:
     net(batch(seed=dist.get_rank()))
     settle_prices(net, halves[dist.get_rank() // 2])
     return prices(net)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_a_step_that_overflows_on_one_rank_is_skipped_on_all(world: Worlds, fused: bool) -> None:
+    """As docs/train.md has it. Without share_overflow the other would step, and wait to settle."""
+    (left, scales, outside, _), other = ranks = world(2).run(_overflowing, fused)
+    assert other[:3] == (left, scales, outside)
+    assert left == [0, TOKENS, 0]
+    assert scales == [8.0, 4.0, 4.0]
+    for *_, (before, skipped, after) in ranks:
+        assert skipped == before != after
+
+
+def _overflowing(fused: bool) -> Any:
+    """Three steps in fp16, and in the second one rank's experts have a gradient that overflows. -> after each, tokens
+    in the statistics, the scale; in the end all but the experts; after each, the experts"""
+    net = Net(LossFree(step=0.01), world_group()).float()
+    outside = DistributedDataParallel(leave_experts_alone(net))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=fused)
+    settle_after(optimizer, net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    left, scales, experts = [], [], []
+    for step in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = outside(batch(seed=10 * dist.get_rank() + step).float()).float().square().mean()
+        scaler.scale(loss).backward()
+        average_expert_grads(net, world_group())
+        if step == dist.get_rank() == 1:
+            net.first.experts.up.grad.view(-1)[0] = torch.inf
+        share_overflow(optimizer)
+        scaler.unscale_(optimizer)
+        clip_grad_norm(net, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        left.append(int(net.first.router.stats["tokens"]))
+        scales.append(scaler.get_scale())
+        experts.append(net.second.experts.up.tolist())
+    state = {name: value.tolist() for name, value in net.state_dict().items() if "experts" not in name}
+    return left, scales, {name: value for name, value in state.items() if "stat_" not in name}, experts
 
 
 @pytest.mark.parametrize("how", ["told", "told, sharded", "untold"])

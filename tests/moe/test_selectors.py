@@ -209,6 +209,28 @@ def test_bad_input_of_one_rank_is_the_same_error_on_all(
     assert re.search(told_others, first)
 
 
+def broken() -> tuple[str, str]:
+    """The error on this rank, where the last rank's selector fails with something that no selector should."""
+    group = world_group()
+    layer = build(CONFIG, group, None, torch.float64)
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        layer.router.select = _breaks
+    with pytest.raises((ValueError, IndexError)) as error:
+        layer(torch.randn(3, 4, 6, dtype=torch.float64))
+    return type(error.value).__name__, str(error.value)
+
+
+def _breaks(*_: object) -> Any:
+    raise IndexError("it broke")
+
+
+def test_whatever_a_selector_fails_with_on_one_rank_the_others_stop_too(world: Worlds) -> None:
+    assert world(2).run(broken) == [
+        ("ValueError", "bad input on rank 1: all ranks stop with it (this is rank 0)"),
+        ("IndexError", "it broke"),
+    ]
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "select", [TopK(), ExpertChoice(), Threshold(most=4)], ids=lambda select: type(select).__name__

@@ -61,7 +61,7 @@ def unlike() -> list[Tensor]:
 
 def choose(score_TE: Tensor, price_E: Tensor, top_k: int, valid_T: Tensor | None = None) -> Choice:
     """The top-k at these prices, as the Router tells it."""
-    rows = TopK()(score_TE - price_E, top_k, Tokens(valid_T, len(score_TE)))
+    rows = TopK()(score_TE, price_E, top_k, Tokens(valid_T, len(score_TE)))
     expert_N = rows.expert_N if valid_T is None else rows.expert_N.where(valid_T[rows.token_N], -1)
     return Choice(
         token_N=rows.token_N,

@@ -59,7 +59,7 @@ def cases(draw: st.DrawFn) -> Case:
         score_TE = (score_TE * 8).round() / 8
     valid_T = torch.rand(num_tokens, generator=generator) < 0.7 if draw(st.booleans()) else None
     tokens = Tokens(valid_T, num_tokens, torch.tensor([0.3]))
-    rows = draw(SELECTS)(score_TE - 0.8, top_k, tokens)
+    rows = draw(SELECTS)(score_TE, torch.full((E,), 0.8), top_k, tokens)
     if valid_T is not None:
         rows = rows._replace(expert_N=rows.expert_N.where(valid_T[rows.token_N], NOWHERE))
     return Case(rows, score_TE, luck_TE, top_k, tokens)

@@ -29,6 +29,9 @@ class Case(NamedTuple):
         k = self.select.share(self.top_k, self.tokens)
         return k.tolist() if isinstance(k, Tensor) else [k] * (len(self.priced_TE) // self.tokens.length)
 
+    def rows(self, priced_TE: Tensor, tokens: Tokens) -> Rows:
+        return self.select(priced_TE, torch.zeros(priced_TE.shape[1]), self.top_k, tokens)
+
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
@@ -78,7 +81,7 @@ def by_sorting(case: Case) -> set[tuple[int, int]]:
 @given(cases())
 def test_each_expert_takes_its_best_tokens_and_never_padding(case: Case) -> None:
     before = case.priced_TE.clone()
-    rows = case.select(case.priced_TE, case.top_k, case.tokens)
+    rows = case.rows(case.priced_TE, case.tokens)
     assert picks(rows) == by_sorting(case)
     assert rows.top_k is None
     assert rows.token_N.dtype == rows.expert_N.dtype == torch.int64
@@ -96,8 +99,8 @@ def test_the_number_of_rows_depends_on_shapes_alone(case: Case, seed: int) -> No
         case.tokens.length,
         torch.rand(sequences, generator=generator),
     )
-    rows = case.select(case.priced_TE, case.top_k, case.tokens)
-    assert len(case.select(case.priced_TE.flip(0), case.top_k, other).token_N) == len(rows.token_N)
+    rows = case.rows(case.priced_TE, case.tokens)
+    assert len(case.rows(case.priced_TE.flip(0), other).token_N) == len(rows.token_N)
 
 
 @pytest.mark.parametrize("share", [Constant(), MaskRatio(least=8, most=32)], ids=["constant", "mask ratio"])
@@ -114,16 +117,16 @@ def test_column_sums_are_exactly_the_share_of_the_sequence(share: Share) -> None
 
 
 def test_a_sequence_too_short_for_its_share_gives_every_expert_one_token() -> None:
-    rows = ExpertChoice()(torch.randn(6, 8), 2, Tokens(None, 3))
+    rows = ExpertChoice()(torch.randn(6, 8), torch.zeros(8), 2, Tokens(None, 3))
     assert len(picks(rows)) == 2 * 8
 
 
 def test_a_sequence_of_padding_gives_nothing_to_nobody() -> None:
     valid_T = torch.tensor([True, True, True, False, False, False])
-    rows = ExpertChoice()(torch.randn(6, 4), 2, Tokens(valid_T, 3))
+    rows = ExpertChoice()(torch.randn(6, 4), torch.zeros(4), 2, Tokens(valid_T, 3))
     assert {token for token, _ in picks(rows)} <= {0, 1, 2}
-    assert not picks(ExpertChoice()(torch.randn(6, 4), 2, Tokens(torch.zeros(6, dtype=torch.bool), 3)))
-    assert len(ExpertChoice()(torch.randn(0, 4), 2, Tokens(None, 0)).token_N) == 0
+    assert not picks(ExpertChoice()(torch.randn(6, 4), torch.zeros(4), 2, Tokens(torch.zeros(6, dtype=torch.bool), 3)))
+    assert len(ExpertChoice()(torch.randn(0, 4), torch.zeros(4), 2, Tokens(None, 0)).token_N) == 0
 
 
 def test_prices_change_no_pick() -> None:

@@ -170,7 +170,7 @@ def test_the_forced_router_routes_no_tokens() -> None:
 
 def test_the_forced_router_replays_given_rows() -> None:
     free = forced(source=1)(torch.randn(5, 4))
-    rows = TopK()(-torch.arange(30.0).view(5, 6), 2, Tokens(None, 5))
+    rows = TopK()(-torch.arange(30.0).view(5, 6), torch.zeros(6), 2, Tokens(None, 5))
     assert torch.equal(forced(source=1)(torch.randn(5, 4), rows=rows).expert_N, rows.expert_N)
     assert not torch.equal(free.expert_N, rows.expert_N)
 

@@ -52,7 +52,7 @@ def chosen_score(choice: Choice) -> Tensor:
 def test_a_token_chooses_by_score_less_price(seed: int, score: Score, select: TopK, top_k: int) -> None:
     layer = router(seed, top_k, score=score, select=select)
     choice = layer(tokens(seed))
-    expected = select(score(tokens(seed) @ layer.weight.T) - layer.price_E, top_k, Tokens(None, 0))
+    expected = select(score(tokens(seed) @ layer.weight.T), layer.price_E, top_k, Tokens(None, 0))
     assert torch.equal(choice.expert_N, expected.expert_N)
     assert torch.equal(choice.token_N, expected.token_N)
     assert choice.top_k == top_k
@@ -205,7 +205,7 @@ def test_the_balancers_quote_decides_and_leaves_the_standing_price_alone() -> No
     before = layer.price_E.clone()
     choice = layer(tokens(3))
     score_TE = choice.score_TE.detach()
-    expected = TopK()(score_TE - (before + score_TE.mean(dim=0) * 3), 3, Tokens(None, 0))
+    expected = TopK()(score_TE, before + score_TE.mean(dim=0) * 3, 3, Tokens(None, 0))
     assert torch.equal(choice.expert_N, expected.expert_N)
     assert torch.equal(layer.price_E, before)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from routing import Router, Rows, Sigmoid, Tokens, TopK
 from tests.routing.batches import LAW
@@ -16,6 +17,12 @@ from tests.routing.batches import LAW
 pytestmark = pytest.mark.fast
 TOKENS = Tokens(None, 0)
 Worth = Literal["max", "top2sum"]
+
+
+def chosen(select: TopK, priced_TE: Tensor, top_k: int) -> Rows:
+    """At prices such that score less price is this, exactly."""
+    price_E = torch.arange(priced_TE.shape[1]) / 8
+    return select(priced_TE + price_E, price_E, top_k, TOKENS)
 
 
 def best_by_sorting(priced_E: list[float], top_k: int, select: TopK) -> tuple[list[int], set[int]]:
@@ -29,7 +36,7 @@ def best_by_sorting(priced_E: list[float], top_k: int, select: TopK) -> tuple[li
 
 
 @st.composite
-def selections(draw: st.DrawFn, grouped: bool) -> tuple[torch.Tensor, int, TopK]:
+def selections(draw: st.DrawFn, grouped: bool) -> tuple[Tensor, int, TopK]:
     """Distinct prices without ties, so that the definition has one answer; all negative, of mixed sign, or positive."""
     groups = draw(st.integers(2, 6)) if grouped else 1
     keep = draw(st.integers(1, groups - 1)) if grouped else 1
@@ -45,18 +52,18 @@ def selections(draw: st.DrawFn, grouped: bool) -> tuple[torch.Tensor, int, TopK]
 
 @LAW
 @given(selections(grouped=False))
-def test_each_token_takes_its_best_experts_best_first(selection: tuple[torch.Tensor, int, TopK]) -> None:
+def test_each_token_takes_its_best_experts_best_first(selection: tuple[Tensor, int, TopK]) -> None:
     priced_TE, top_k, select = selection
-    rows = select(priced_TE, top_k, TOKENS)
+    rows = chosen(select, priced_TE, top_k)
     expected = [best_by_sorting(priced_E, top_k, select)[0] for priced_E in priced_TE.tolist()]
     assert rows.expert_N.view(-1, top_k).tolist() == expected
 
 
 @LAW
 @given(selections(grouped=True))
-def test_each_token_takes_the_best_experts_of_its_best_groups(selection: tuple[torch.Tensor, int, TopK]) -> None:
+def test_each_token_takes_the_best_experts_of_its_best_groups(selection: tuple[Tensor, int, TopK]) -> None:
     priced_TE, top_k, select = selection
-    rows = select(priced_TE, top_k, TOKENS)
+    rows = chosen(select, priced_TE, top_k)
     expected = [best_by_sorting(priced_E, top_k, select)[0] for priced_E in priced_TE.tolist()]
     assert rows.expert_N.view(-1, top_k).tolist() == expected
 
@@ -64,21 +71,21 @@ def test_each_token_takes_the_best_experts_of_its_best_groups(selection: tuple[t
 @LAW
 @given(selections(grouped=True))
 def test_no_pick_lies_outside_the_best_groups_though_all_priced_scores_are_negative(
-    selection: tuple[torch.Tensor, int, TopK],
+    selection: tuple[Tensor, int, TopK],
 ) -> None:
     priced_TE, top_k, select = selection
     negative_TE = priced_TE - priced_TE.max() - 1.0
-    rows = select(negative_TE, top_k, TOKENS)
+    rows = chosen(select, negative_TE, top_k)
     for priced_E, picks in zip(negative_TE.tolist(), rows.expert_N.view(-1, top_k).tolist()):
         assert set(picks) <= best_by_sorting(priced_E, top_k, select)[1]
 
 
 @LAW
 @given(selections(grouped=True))
-def test_rows_are_k_distinct_experts_for_each_token_in_token_order(selection: tuple[torch.Tensor, int, TopK]) -> None:
+def test_rows_are_k_distinct_experts_for_each_token_in_token_order(selection: tuple[Tensor, int, TopK]) -> None:
     priced_TE, top_k, select = selection
-    before = priced_TE.clone()
-    rows = select(priced_TE, top_k, TOKENS)
+    price_E, before = torch.zeros(priced_TE.shape[1]), priced_TE.clone()
+    rows = select(priced_TE, price_E, top_k, TOKENS)
     assert rows.top_k == top_k
     assert rows.token_N.dtype == rows.expert_N.dtype == torch.int64
     assert rows.token_N.tolist() == [token for token in range(len(priced_TE)) for _ in range(top_k)]
@@ -89,26 +96,26 @@ def test_rows_are_k_distinct_experts_for_each_token_in_token_order(selection: tu
 def test_a_group_is_worth_its_best_expert_or_its_two_best_together() -> None:
     """Group 0 has the best expert, group 1 the best pair, group 2 the best sum of all."""
     priced_TE = torch.tensor([[9.0, 0.0, 0.0, 8.0, 7.0, -9.0, 6.0, 6.0, 6.0]])
-    assert TopK(groups=3, keep=1, worth="max")(priced_TE, 1, TOKENS).expert_N.tolist() == [0]
-    assert TopK(groups=3, keep=1, worth="top2sum")(priced_TE, 1, TOKENS).expert_N.tolist() == [3]
+    assert chosen(TopK(groups=3, keep=1, worth="max"), priced_TE, 1).expert_N.tolist() == [0]
+    assert chosen(TopK(groups=3, keep=1, worth="top2sum"), priced_TE, 1).expert_N.tolist() == [3]
 
 
 def test_a_group_of_one_expert_is_worth_that_expert_even_as_a_pair() -> None:
     priced_TE = torch.tensor([[-3.0, -1.0, -2.0]])
-    assert TopK(groups=3, keep=2, worth="top2sum")(priced_TE, 2, TOKENS).expert_N.tolist() == [1, 2]
+    assert chosen(TopK(groups=3, keep=2, worth="top2sum"), priced_TE, 2).expert_N.tolist() == [1, 2]
 
 
 @LAW
 @given(selections(grouped=True))
-def test_keeping_every_group_limits_nothing(selection: tuple[torch.Tensor, int, TopK]) -> None:
+def test_keeping_every_group_limits_nothing(selection: tuple[Tensor, int, TopK]) -> None:
     priced_TE, top_k, select = selection
     all_kept = TopK(groups=select.groups, keep=select.groups, worth=select.worth)
-    assert torch.equal(all_kept(priced_TE, top_k, TOKENS).expert_N, TopK()(priced_TE, top_k, TOKENS).expert_N)
+    assert torch.equal(chosen(all_kept, priced_TE, top_k).expert_N, chosen(TopK(), priced_TE, top_k).expert_N)
 
 
 @pytest.mark.parametrize("select", [TopK(), TopK(groups=2, keep=1), TopK(groups=4, keep=2, worth="top2sum")])
 def test_equal_scores_still_choose_distinct_experts_of_as_few_groups(select: TopK) -> None:
-    picks_TK = select(torch.full((50, 8), -0.5), 3, TOKENS).expert_N.view(50, 3)
+    picks_TK = chosen(select, torch.full((50, 8), -0.5), 3).expert_N.view(50, 3)
     for picks in picks_TK.tolist():
         assert len(set(picks)) == 3
         assert len({expert * select.groups // 8 for expert in picks}) <= select.keep
@@ -133,7 +140,7 @@ def test_a_price_below_which_every_score_lies_keeps_all_picks_in_the_best_groups
 
 
 def test_no_tokens_choose_no_experts() -> None:
-    rows = TopK(groups=2, keep=1)(torch.zeros(0, 8), 3, TOKENS)
+    rows = chosen(TopK(groups=2, keep=1), torch.zeros(0, 8), 3)
     assert rows.token_N.shape == rows.expert_N.shape == (0,)
 
 
@@ -155,7 +162,7 @@ def test_a_choice_that_cannot_be_made_is_refused_by_its_numbers(
 
 @LAW
 @given(selections(grouped=True))
-def test_a_choice_that_can_be_made_is_not_refused(selection: tuple[torch.Tensor, int, TopK]) -> None:
+def test_a_choice_that_can_be_made_is_not_refused(selection: tuple[Tensor, int, TopK]) -> None:
     priced_TE, top_k, select = selection
     select.check(priced_TE.shape[1], top_k)
 

@@ -19,8 +19,10 @@ TOKENS = Tokens(None, 0)
 def test_a_token_takes_its_best_experts_above_the_price(num_experts: int, fewer: int, shift: float, seed: int) -> None:
     most = max(1, num_experts - fewer)
     generator = torch.Generator().manual_seed(seed)
-    priced_TE = torch.randn(9, num_experts, generator=generator, dtype=torch.float64) + shift
-    rows = Threshold(most=most)(priced_TE, 1, TOKENS)
+    score_TE = torch.randn(9, num_experts, generator=generator, dtype=torch.float64) + shift
+    price_E = torch.randn(num_experts, generator=generator)
+    priced_TE = score_TE - price_E
+    rows = Threshold(most=most)(score_TE, price_E, 1, TOKENS)
     assert rows.top_k == most
     assert rows.token_N.tolist() == [token for token in range(9) for _ in range(most)]
     for priced_E, picks in zip(priced_TE.tolist(), rows.expert_N.view(9, most).tolist()):
@@ -29,7 +31,10 @@ def test_a_token_takes_its_best_experts_above_the_price(num_experts: int, fewer:
 
 
 def test_a_score_that_equals_its_price_is_not_above_it() -> None:
-    assert Threshold(most=2)(torch.tensor([[0.0, 1e-30]]), 1, TOKENS).expert_N.tolist() == [1, NOWHERE]
+    assert Threshold(most=2)(torch.tensor([[0.5, 1e-30]]), torch.tensor([0.5, 0.0]), 1, TOKENS).expert_N.tolist() == [
+        1,
+        NOWHERE,
+    ]
 
 
 def test_experts_not_above_their_price_have_no_weight_and_no_load() -> None:

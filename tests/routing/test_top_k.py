@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from routing import DECIDERS, Router, Sigmoid, python_only
 from routing.top_k import best_experts
@@ -29,7 +30,9 @@ def test_the_compiled_choice_is_torchs(seed: int, tokens: int, experts: int, top
         luck_TE = torch.rand(score_TE.shape, generator=generator)
         score_TE = score_TE.masked_fill(luck_TE < 0.3, -torch.inf).masked_fill(luck_TE > 0.99, torch.nan)
     score_TE, top_k = score_TE[:, :experts] / values, min(top_k, experts)
-    assert torch.equal(best_experts(score_TE, top_k), score_TE.topk(top_k, dim=-1).indices)
+    price_E = torch.randint(-1, 2, (2 * experts,), generator=generator)[::2] / values
+    expected_TK = (score_TE - price_E).topk(top_k, dim=-1).indices
+    assert torch.equal(best_experts(score_TE, price_E, top_k), expected_TK)
 
 
 def test_a_router_chooses_and_learns_alike_on_both_paths() -> None:
@@ -46,5 +49,15 @@ def test_a_router_chooses_and_learns_alike_on_both_paths() -> None:
 
 
 def test_only_fp32_on_a_cpu_is_compiled_and_the_rest_is_torchs() -> None:
+    price_E = torch.randn(20)
     for score_TE in (torch.randn(5, 20).double(), torch.randn(5, 20).bfloat16()):
-        assert torch.equal(best_experts(score_TE, 3), score_TE.topk(3, dim=-1).indices)
+        assert torch.equal(best_experts(score_TE, price_E, 3), (score_TE - price_E).topk(3, dim=-1).indices)
+
+
+def test_traces_and_transformations_have_no_memory_and_are_torchs() -> None:
+    score_TE, price_E = torch.randn(5, 20), torch.randn(20)
+    want_TK = (score_TE - price_E).topk(3, dim=-1).indices
+    assert torch.equal(torch.vmap(lambda row_TE: best_experts(row_TE, price_E, 3))(score_TE[None])[0], want_TK)
+    assert torch.equal(torch.compile(best_experts, backend="eager", fullgraph=True)(score_TE, price_E, 3), want_TK)
+    with FakeTensorMode() as mode:
+        assert best_experts(mode.from_tensor(score_TE), mode.from_tensor(price_E), 3).shape == (5, 3)

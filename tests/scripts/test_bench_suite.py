@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from scripts.bench import experts, llep, peers, suite, table
-from scripts.bench.measured import HEADS, Measured, shared
+from scripts.bench.measured import HEADS, KINDS, Measured, shared
 from scripts.bench.table import interleaved
 
 TINY = experts.Workload(tokens=32, dim=16, hidden=32, experts=4, top_k=2)
@@ -161,6 +161,16 @@ def test_a_users_copy_of_lleps_planner_is_found_by_its_path(tmp_path: Path) -> N
     for spec, said in ((f"{folder / 'plans.py'}:none", "expected a function none"), ("nowhere.py", "there is no file")):
         with pytest.raises(ValueError, match=said):
             llep.planner_at(spec, headroom=1.05, min_chunk=1024)
+
+
+@pytest.mark.fast
+def test_forward_alone_is_quick_and_a_tuned_allocator_is_measured_with_backward() -> None:
+    quick = suite.jobs_of(suite.QUICK, suite.ALLOCATORS[:1], KINDS[:1])
+    assert {job.kinds for job in quick} == {("forward",)}
+    whole = suite.jobs_of(suite.usual(), suite.ALLOCATORS, KINDS)
+    assert {job.kinds for job in whole if job.allocator == "tuned"} == {("forward + backward",)}
+    assert {job.kinds for job in whole if job.allocator == "default"} == {KINDS}
+    assert {job.part for job in whole if job.allocator == "tuned"} == {"experts"}
 
 
 @pytest.mark.fast

@@ -34,6 +34,11 @@ class ExpertGradients(TrainerCallback):  # type: ignore[misc]
                 f"max_grad_norm={args.max_grad_norm} would clip every rank by the norm of its own experts; use "
                 f"TrainingArguments(max_grad_norm=0) and ExpertGradients(max_norm={args.max_grad_norm})"
             )
+        if args.fp16 and Peers.of(self.data_parallel).size > 1:
+            raise ValueError(
+                "with fp16=True Trainer's scaler skips a step on the rank whose experts overflow, and on no other: the "
+                "ranks would drift apart; use TrainingArguments(bf16=True)"
+            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: nn.Module, **rest: Any) -> None:
         average_expert_grads(model, Peers.of(self.data_parallel).group, self.replicas)

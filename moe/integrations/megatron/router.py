@@ -32,11 +32,11 @@ class Prices(ToldRouter):
         self.valid_T: Tensor | None = None
         self._host: Callable[[Tensor], Tensor] | None = None
 
-    def select_rows(self, priced_TE: Tensor, tokens: Tokens) -> Rows:
+    def select_rows(self, score_TE: Tensor, price_E: Tensor, tokens: Tokens) -> Rows:
         """By the host's own top-k, which knows its groups."""
         if self._host is None or isinstance(self.balancer, Unpriced):
-            return super().select_rows(priced_TE, tokens)
-        return token_major(self._host(priced_TE))
+            return super().select_rows(score_TE, price_E, tokens)
+        return token_major(self._host(score_TE - price_E))
 
     def choose_for(self, score_TE: Tensor, host: Callable[[Tensor], Tensor]) -> Tensor:
         """In place of the host's choice. -> expert_TK, all of them experts, of padding too"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +103,18 @@ def test_trainer_must_not_clip_by_itself(world: Worlds, tmp_path: Any) -> None:
         "use TrainingArguments(max_grad_norm=0) and ExpertGradients(max_norm=1.0)"
         in world(2).run(refused, str(tmp_path))[0]
     )
+
+
+def refused_fp16() -> str:
+    """Trainer itself has fp16 on a GPU alone."""
+    arguments = SimpleNamespace(max_grad_norm=0.0, fp16=True)
+    try:
+        ExpertGradients().on_train_begin(arguments, None, None)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_trainer_must_not_skip_steps_on_one_rank_alone(world: Worlds) -> None:
+    assert all("use TrainingArguments(bf16=True)" in told for told in world(2).run(refused_fp16))
+    assert refused_fp16() == "", "alone"
