@@ -161,11 +161,8 @@ def _gathered() -> bool:
 
 @pytest.mark.parametrize("case", ["nan", "count", "type", "select"])
 def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(world: Worlds, case: str) -> None:
-    wanted = (
-        "NaN or Inf in the router's logits or prices: [1] tokens on ranks [1]"
-        if case == "nan"
-        else "bad input on rank 1"
-    )
+    bad = "NaN or Inf in the router's logits or prices: [1] tokens on ranks [1]"
+    wanted = bad if case == "nan" else "bad input on rank 1"
     for kind, error in world(2).run(_refused, case):
         assert kind == "ValueError"
         assert wanted in error
