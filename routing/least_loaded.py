@@ -24,6 +24,8 @@ from routing.assigner import at_home
 from routing.assignment import Assignment
 from routing.native import DECIDERS, address, takes
 
+MOST_HEADROOM = 1e6
+
 Move = tuple[int, int, int, int]  # expert, lender, borrower, rows
 Receiver = Callable[[int, int], tuple[int, int] | None]  # lender, rows -> borrower, rows it takes
 
@@ -79,8 +81,10 @@ class LeastLoaded:
     worth: Worth = BreakEven()
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.headroom < math.inf:
-            raise ValueError(f"headroom={self.headroom}; it is a multiple of the mean load: use headroom >= 1")
+        if not 1.0 <= self.headroom <= MOST_HEADROOM:
+            raise ValueError(
+                f"headroom={self.headroom}; a multiple of the mean load: use 1 <= headroom <= {MOST_HEADROOM:g}"
+            )
         if self.min_chunk < 1:
             raise ValueError(f"min_chunk={self.min_chunk}; a visit brings at least 1 row")
         object.__setattr__(self, "node_R", tuple(int(node) for node in self.node_R))

@@ -6,13 +6,12 @@ move. That takes sorts, cumulative sums and clamps of fixed shapes: no number is
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from routing.least_loaded import BreakEven
+from routing.least_loaded import MOST_HEADROOM, BreakEven
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +35,10 @@ class LeastLoadedOnDevice:
     worth: BreakEven = BreakEven()
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.headroom < math.inf:
-            raise ValueError(f"headroom={self.headroom}; it is a multiple of the mean load: use headroom >= 1")
+        if not 1.0 <= self.headroom <= MOST_HEADROOM:
+            raise ValueError(
+                f"headroom={self.headroom}; a multiple of the mean load: use 1 <= headroom <= {MOST_HEADROOM:g}"
+            )
         if self.min_chunk < 1:
             raise ValueError(f"min_chunk={self.min_chunk}; a visit brings at least 1 row")
 

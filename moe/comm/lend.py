@@ -2,7 +2,7 @@
 
 Lending: an expert's weights go to the ranks that borrow it for this step; the gradients they compute come back and are
 added, in fp32 or better, to the one computed at home. tie: where an expert has copies, each copy's gradient becomes the
-sum over all of them, so that copies which start equal stay equal under any optimiser.
+sum over all of them, so that copies which start equal stay equal under an optimiser that steps entry by entry.
 """
 
 from __future__ import annotations

@@ -132,7 +132,8 @@ def test_whatever_selective_checkpointing_saves_comes_back_in_order(saved: str, 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("compute", [Loop(), Grouped()], ids=["loop", "grouped"])
-def test_what_selective_checkpointing_saved_is_not_written_to(compute: Compute) -> None:
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
+def test_what_selective_checkpointing_saved_is_not_written_to(compute: Compute, bias: bool) -> None:
     """The lone batch of one expert, whose results are the matmul's own."""
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -141,7 +142,7 @@ def test_what_selective_checkpointing_saved_is_not_written_to(compute: Compute) 
     grads = []
     for contexts in (None, partial(create_selective_checkpoint_contexts, policy)):
         torch.manual_seed(0)
-        layer = MoE(MoEConfig(dim=8, hidden=16, num_experts=1, top_k=1, compute=compute))
+        layer = MoE(MoEConfig(dim=8, hidden=16, num_experts=1, top_k=1, compute=compute, bias=bias))
         x = torch.randn(12, 8, generator=torch.Generator().manual_seed(3), requires_grad=True)
         y = checkpoint(layer, x, use_reentrant=False, context_fn=contexts) if contexts else layer(x)
         y.square().sum().backward()

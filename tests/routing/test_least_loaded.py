@@ -224,9 +224,10 @@ def test_experts_with_copies_everywhere_never_visit(load_E: list[int], headroom:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"headroom": 0.99}, "headroom=0.99.*headroom >= 1"),
-        ({"headroom": math.nan}, "headroom=nan.*headroom >= 1"),
+        ({"headroom": 0.99}, "headroom=0.99.*1 <= headroom"),
+        ({"headroom": math.nan}, "headroom=nan.*1 <= headroom"),
         ({"headroom": math.inf}, "headroom=inf"),
+        ({"headroom": 1.7e308}, "headroom=1.7e"),
         ({"min_chunk": 0}, "min_chunk=0.*at least 1"),
         ({"min_chunk": -3}, "min_chunk=-3.*at least 1"),
     ],
