@@ -191,7 +191,7 @@ def suite(names: Sequence[str], seconds: float, count: int, *, kinds: Sequence[s
     """Of the named workloads, ours and the peers within so many seconds: for the suite."""
     torch.set_num_threads(1)
     weight = {
-        (name, dtype, backward): (3 if backward else 1) * (1 if dtype == torch.float32 else 0.45) * (load.flops + 1e10)
+        (name, dtype, backward): (2.5 if backward else 1) * (1 if dtype == torch.float32 else 0.45) * (load.flops + 1e10)
         for name, load in WORKLOADS.items()
         for dtype in TYPES
         for backward in [kind == BACKWARD for kind in kinds]
