@@ -42,6 +42,7 @@ from scripts.bench.table import Samples, band, cpu_seconds, in_python, interleav
 Run = Callable[[], Tensor | None]
 TYPES = (torch.float32, torch.bfloat16)
 SLOW = 5.0
+CHEAPER = {torch.float32: 1.0, torch.bfloat16: 0.45}
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # others round more often
 COLUMNS = ("by expert", "ours", "again", "torch", "grouped", *MAKERS)
 
@@ -191,7 +192,7 @@ def suite(names: Sequence[str], seconds: float, count: int, *, kinds: Sequence[s
     """Of the named workloads, ours and the peers within so many seconds: for the suite."""
     torch.set_num_threads(1)
     weight = {
-        (name, dtype, backward): (2.5 if backward else 1) * (1 if dtype == torch.float32 else 0.45) * (load.flops + 1e10)
+        (name, dtype, backward): (2.5 if backward else 1) * CHEAPER[dtype] * (load.flops + 1e10)
         for name, load in WORKLOADS.items()
         for dtype in TYPES
         for backward in [kind == BACKWARD for kind in kinds]
