@@ -158,20 +158,19 @@ class Dispatch:
         if scalar_M is not None:
             scalar_N = scalar_M.new_zeros(len(self.token_N))
             scalar_N.index_copy_(0, self.row_O, scalar_M.index_select(0, self.place_O))
-        filled = self.room > 0  # without room the rows may be anybody's, such as what selective checkpointing saved
         if self.peers.group is None:
-            if row_XD is not None and filled:
+            if row_XD is not None:
                 row_XD[self.num_rows :].zero_()
             return scalar_N
         given = next(tensor for tensor in (row_XD, scalar_M) if tensor is not None)
         end = self.num_rows + len(self.row_G)
         row_HD = given.new_empty(len(self.place_H), 0) if row_XD is None else row_XD.index_select(0, self.place_H)
         home_GD = row_HD.new_empty(len(self.row_G), row_HD.shape[1])
-        if row_XD is not None and filled:
+        if row_XD is not None:
             home_GD = row_XD[self.num_rows : end]
         scalar_H = None if scalar_M is None else scalar_M.index_select(0, self.place_H)
         scalar_G = self._swap(row_HD, scalar_H, home_GD, outward=False)
-        if row_XD is not None and filled:
+        if row_XD is not None:
             row_XD[end:].zero_()
         if scalar_N is not None and scalar_G is not None:
             scalar_N.index_copy_(0, self.row_G, scalar_G)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from moe.comm import Lending, Peers, visitors
 from moe.guests import Guests, Here, Stacks
@@ -100,8 +99,7 @@ class _Lasting:
         return self.whole.any
 
     def fetch(self, weights: Sequence[Tensor]) -> Stacks:
-        with _disable_current_modes():  # a recomputation finds who came in its forward: selective ones must not see it
-            coming = self.new.fetch(weights) if self.new.any else Here([])
+        coming = self.new.fetch(weights) if self.new.any else Here([])
         return _Joined(self, coming, [weight[:0] for weight in weights])
 
     def give_back(self, grads: Sequence[Tensor]) -> Stacks:
@@ -118,8 +116,7 @@ class _Joined:
     like: Sequence[Tensor]
 
     def wait(self) -> list[Tensor]:
-        with _disable_current_modes():
-            return self.step.book.join(self.step.mine, self.step.arriving, self.coming.wait(), self.like)
+        return self.step.book.join(self.step.mine, self.step.arriving, self.coming.wait(), self.like)
 
 
 @contextmanager

@@ -124,7 +124,7 @@ class All(Matmuls):
     def times(self, row_MD: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         got_MF = F.grouped_mm(row_MD, weight.transpose(1, 2), offs=self.end_A)
         if bias is not None:
-            got_MF = got_MF + self.bias_of(bias)  # not in place: selective checkpointing may have saved the matmul
+            got_MF += self.bias_of(bias)
         return got_MF if out is None else out.copy_(got_MF)
 
     def times_back(self, drow_MF: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:

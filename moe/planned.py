@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe.batch import Batch, bad_of, manner, problem_of, raise_if_unlike
 from moe.broadcast import keep_from_broadcast
-from moe.comm import Group, Peers, gather_counts, gather_table
+from moe.comm import Group, Peers, gather_counts, gather_table, unseen
 from moe.compute import Fused, Grouped
 from moe.config import MoEConfig
 from moe.experts import compute_dtype
@@ -110,7 +110,8 @@ class Planned(MoE):
         batch, step = Batch.of(x, valid, ratio), self._steps.find()
         choice = self._route(batch, None if step is None else step.rows)
         if step is None:
-            step = self._planned(choice, manner(self.experts.parameters(), self.router, compute_dtype(batch.x_TD)))
+            with unseen():  # a replay will not run it again
+                step = self._planned(choice, manner(self.experts.parameters(), self.router, compute_dtype(batch.x_TD)))
         self._steps.keep(step)
         x_TD = batch.x_TD
         if torch.is_grad_enabled() and not x_TD.requires_grad:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe.activation import Activation
+from moe.comm import unseen
 from moe.compute import Compute
 from moe.dispatch import add_rows
 from moe.guests import Guests, Nobody, Stacks
@@ -81,7 +82,7 @@ class _Visit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, x_TD: Tensor, weight_N: Tensor | None, *weights: Tensor | None) -> Tensor:
         trip, own = plan.trip, _stack(weights)
-        with outside_autocast(x_TD):
+        with unseen(), outside_autocast(x_TD):  # it writes into memory of its own, here and in messages
             source_XD, _ = trip.go(x_TD, None)
             result_XD, h_MF, visiting = _forward(plan, source_XD, own)
             trip.come(result_XD, None)

@@ -24,6 +24,7 @@ from moe.comm.process import kill, spare
 from moe.comm.serve import Server
 from moe.comm.standby import Meeting
 from moe.comm.store import Folder, Shelf, Stored, read_tensors, stored_tensors, write_tensors
+from moe.comm.unseen import unseen
 from moe.comm.world import World, WorldError, world_group
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "stored_tensors",
     "sum_over",
     "tie",
+    "unseen",
     "visitors",
     "world_group",
     "write_tensors",

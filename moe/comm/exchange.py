@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe.comm.group import Peers, reaching_peers
+from moe.comm.unseen import unseen
 
 
 def exchange(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: Peers) -> Tensor:
@@ -87,9 +88,9 @@ def exchange_later(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int],
     """As exchange, without gradients, and this rank goes on while the rows travel."""
     if peers.group is None:
         return Arriving(row_ND, row_ND, None)
-    row_MD, source = _room(row_ND, recv_R), row_ND.contiguous()
-    target, sent = _bytes_of(row_MD), _bytes_of(source)
-    with reaching_peers():
+    with reaching_peers(), unseen():
+        row_MD, source = _room(row_ND, recv_R), row_ND.contiguous()
+        target, sent = _bytes_of(row_MD), _bytes_of(source)
         work = dist.all_to_all_single(target, sent, list(recv_R), list(send_R), group=peers.group, async_op=True)
     return Arriving(row_MD, source, work)
 
@@ -97,8 +98,9 @@ def exchange_later(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int],
 def _swap(row_ND: Tensor, send_R: Sequence[int], recv_R: Sequence[int], peers: Peers) -> Tensor:
     if peers.group is None:
         return row_ND.clone()
-    row_MD = _room(row_ND, recv_R)
-    exchange_into(row_ND, send_R, recv_R, row_MD, peers)
+    with unseen():
+        row_MD = _room(row_ND, recv_R)
+        exchange_into(row_ND, send_R, recv_R, row_MD, peers)
     return row_MD
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from moe import Grouped, Loop, MoE, MoEConfig, World
+from moe import Fastest, Grouped, Loop, MoE, MoEConfig, Planned, World
 from moe.comm import world_group
 from moe.compute import Compute
 from routing import Choice, LeastLoaded
@@ -107,21 +108,25 @@ def test_gradients_under_recomputation_are_those_without(kind: str) -> None:
         assert torch.equal(plain, again)
 
 
+def mixed(y: Tensor) -> Tensor:
+    """A user's own calls of what a layer calls to decide and to compute."""
+    order = torch.arange(len(y)).flip(0)
+    y = y.index_select(0, order)[order] + y.sort(stable=True).values
+    return torch.cat([y, y.cumsum(0)]).clamp(-2, 2)[: len(y)] * torch.where(y.eq(0), 2.0, 1.0) + y @ y.t() @ y
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("saved", ["index_select", "index.Tensor", "mul.Tensor", "eq.Scalar", "sort.stable"])
+@pytest.mark.parametrize("saved", ["index_select", "index.Tensor", "mul.Tensor", "eq.Scalar", "sort.stable", "mm", ""])
 def test_whatever_selective_checkpointing_saves_comes_back_in_order(saved: str, padded: bool) -> None:
-    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if saved in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
     grads = []
-    for contexts in (None, partial(create_selective_checkpoint_contexts, policy)):
+    for contexts in (None, saving(saved)):
         layer, _, _ = build()
         x = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
         valid = torch.arange(12) % 3 > 0 if padded else None
 
         def twice(x: Tensor, layer: MoE = layer, valid: Tensor | None = valid) -> Tensor:
-            return layer(layer(x, valid), valid)  # type: ignore[no-any-return]
+            return layer(mixed(layer(x, valid)), valid)  # type: ignore[no-any-return]
 
         y = checkpoint(twice, x, use_reentrant=False, context_fn=contexts) if contexts else twice(x)
         y.square().sum().backward()
@@ -130,25 +135,57 @@ def test_whatever_selective_checkpointing_saves_comes_back_in_order(saved: str, 
         assert torch.equal(plain, again)
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize("compute", [Loop(), Grouped()], ids=["loop", "grouped"])
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
-def test_what_selective_checkpointing_saved_is_not_written_to(compute: Compute, bias: bool) -> None:
-    """The lone batch of one expert, whose results are the matmul's own."""
+def saving(name: str) -> Any:
+    """The contexts of a checkpoint that saves what every operation gave whose name has this in it."""
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if "mm" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if name in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
-    grads = []
-    for contexts in (None, partial(create_selective_checkpoint_contexts, policy)):
-        torch.manual_seed(0)
-        layer = MoE(MoEConfig(dim=8, hidden=16, num_experts=1, top_k=1, compute=compute, bias=bias))
-        x = torch.randn(12, 8, generator=torch.Generator().manual_seed(3), requires_grad=True)
-        y = checkpoint(layer, x, use_reentrant=False, context_fn=contexts) if contexts else layer(x)
-        y.square().sum().backward()
-        grads.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
-    for plain, again in zip(*grads):
+    return partial(create_selective_checkpoint_contexts, policy)
+
+
+def learnt(kind: type[MoE], settings: MoEConfig, contexts: Any) -> list[Tensor]:
+    """The output and all gradients, whose loss is not the same in every token."""
+    torch.manual_seed(0)
+    group = world_group()
+    layer = kind(settings, group)
+    generator = torch.Generator().manual_seed(0 if group is None else dist.get_rank(group))
+    x = (torch.randn(12, settings.dim, generator=generator) + 1.0).requires_grad_()
+    y = checkpoint(layer, x, use_reentrant=False, context_fn=contexts) if contexts else layer(x)
+    y.square().sum().backward()
+    return [y.detach(), *(each.grad for each in (x, *layer.parameters()) if each.grad is not None)]
+
+
+SAVED = ["mm", "evenmoe", "c10d", "index", ""]  # the last is everything
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("saved", SAVED, ids=lambda saved: saved or "all")
+@pytest.mark.parametrize("num_experts", [1, 4])
+@pytest.mark.parametrize("compute", [Loop(), Grouped(), Fastest()], ids=["loop", "grouped", "fastest"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
+def test_whatever_selective_checkpointing_saves_the_experts_are_computed(
+    compute: Compute, bias: bool, num_experts: int, saved: str
+) -> None:
+    """They write where they were told to, and what is saved is not written again."""
+    top_k = min(num_experts, 2)
+    settings = MoEConfig(dim=8, hidden=16, num_experts=num_experts, top_k=top_k, compute=compute, bias=bias)
+    for plain, again in zip(learnt(MoE, settings, None), learnt(MoE, settings, saving(saved)), strict=True):
         assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("kind", [MoE, Planned], ids=["moe", "planned"])
+@pytest.mark.parametrize("saved", SAVED, ids=lambda saved: saved or "all")
+def test_whatever_selective_checkpointing_saves_messages_arrive(
+    world: Callable[[int], World], kind: type[MoE], saved: str
+) -> None:
+    assert all(world(2).run(_arrived, kind, saved))
+
+
+def _arrived(kind: type[MoE], saved: str) -> bool:
+    settings = MoEConfig(dim=8, hidden=16, num_experts=4, top_k=2, assigner=LeastLoaded(headroom=1.0, min_chunk=1))
+    plain, again = learnt(kind, settings, None), learnt(kind, settings, saving(saved))
+    return len(plain) == len(again) and all(torch.equal(one, other) for one, other in zip(plain, again))
 
 
 @pytest.mark.fast

@@ -24,9 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-from torch.utils._python_dispatch import _disable_current_modes
 
-from moe.comm import Lending, Peers, exchange, gather_counts, visitors
+from moe.comm import Lending, Peers, exchange, gather_counts, unseen, visitors
 from moe.dispatch import Dispatch
 from moe.integrations.megatron.core import in_order
 from moe.integrations.megatron.router import Prices
@@ -94,7 +93,7 @@ class EvenDispatcher(MoETokenDispatcher):  # type: ignore[misc]
 
     def _decide(self) -> _Step:
         choice = self._choice
-        with _disable_current_modes():  # selective checkpointing must not save what a replay will not run again
+        with unseen():  # a replay will not run it again
             assignment = self.assigner(gather_counts(choice.load_E, self.peers), self.placement)
             loans = assignment.loans(self.placement)
             active = [*self.own, *visitors(loans, self.peers.rank)]

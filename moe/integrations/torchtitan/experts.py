@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 
 from moe.activation import SwiGLU
-from moe.comm import Lending, Peers, gather_counts, here, visitors
+from moe.comm import Lending, Peers, gather_counts, here, unseen, visitors
 from moe.compute import Fastest
 from moe.dispatch import Dispatch
 from moe.guests import Guests, KeepGuests, Nobody
@@ -81,7 +80,7 @@ class BalancedExperts(RoutedExperts):  # type: ignore[misc]
         return y_TD.view(x_BLD.shape)
 
     def _decide(self, choice: Choice, peers: Peers) -> _Step:
-        with _disable_current_modes():
+        with unseen():
             placement = in_order(self.num_experts, peers.size)
             assignment = self.assigner(gather_counts(choice.load_E, peers), placement)
             loans = assignment.loans(placement)
