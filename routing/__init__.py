@@ -15,10 +15,10 @@ from routing.dual import dual_change, dual_gap, dual_value, kept_score
 from routing.expert_choice import ExpertChoice
 from routing.flow_on_device import flow_on_device
 from routing.forced import ForcedRouter, forced_experts
-from routing.gate import outside_autocast
 from routing.interior import optimize
 from routing.least_loaded import BreakEven, LeastLoaded, Worth
 from routing.least_loaded_on_device import LeastLoadedOnDevice
+from routing.likeness import outside_autocast
 from routing.loss_free import LossFree
 from routing.losses import GlobalLoss, GShardLoss, Loss, SequenceLoss, SwitchLoss, ZLoss
 from routing.mask_ratio import Constant, MaskRatio, Share

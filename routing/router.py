@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from routing.balancer import Balancer, Unpriced
 from routing.capacity import Drop, Dropless
 from routing.choice import NOWHERE, Choice
-from routing.gate import outside_autocast
+from routing.likeness import outside_autocast
 from routing.metrics import mean_score
 from routing.schedule import Sparsify
 from routing.scores import Score, Softmax, at_least_fp32
@@ -24,9 +24,10 @@ _STAT = "stat_"
 class Router(nn.Module):
     """x_TD -> Choice: score every expert, let the balancer quote prices, choose by score less price, weigh by score.
 
-    The logits are computed in fp32 or better whatever the type of x, outside autocast. The standing prices, the number
-    of times they were settled and the statistics of the step so far are buffers: they keep their types under
-    `.bfloat16()` and friends, and travel in the state dict. `forward` writes none of them; `observe` adds a choice to
+    The logits are computed in fp32 or better whatever the type of x, outside autocast. So are their gradients; those of
+    an fp32 x only if backward is called outside autocast, too, as torch advises. The standing prices, the number of
+    times they were settled and the statistics of the step so far are buffers: they keep their types under `.bfloat16()`
+    and friends, and travel in the state dict. `forward` writes none of them; `observe` adds a choice to
     the statistics, `settle` closes a step and keeps its common statistics in `closed`, for meters.
 
     top_k: a number, or a schedule of it by step and layer. jitter: in training, x is multiplied by numbers between

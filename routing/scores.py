@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from routing.gate import gate
+from routing.likeness import likeness
 
 
 class Score(Protocol):
@@ -22,7 +22,7 @@ class Score(Protocol):
 
     def logits(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         """The likeness of each token to each expert. -> logit_TE, computed in fp32 or better"""
-        return gate(x_TD, weight_ED, at_least_fp32(x_TD.dtype))
+        return likeness(x_TD, weight_ED, at_least_fp32(x_TD.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

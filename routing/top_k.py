@@ -29,8 +29,8 @@ def best_experts(score_TE: Tensor, price_E: Tensor, top_k: int, fused: bool = Fa
     if library is None:
         return (score_TE - price_E).topk(top_k, dim=-1).indices
     score_TE, price_E, (tokens, experts) = score_TE.contiguous(), price_E.contiguous(), score_TE.shape
-    expert_TK = torch.empty(tokens, top_k, dtype=torch.int64)
-    odd_T = torch.empty(tokens, dtype=torch.bool)
+    expert_TK = score_TE.new_empty(tokens, top_k, dtype=torch.int64)
+    odd_T = score_TE.new_empty(tokens, dtype=torch.bool)
     given, made = (score_TE.data_ptr(), price_E.data_ptr()), (expert_TK.data_ptr(), odd_T.data_ptr())
     if library.evenmoe_top_k(*given, tokens, experts, top_k, *made, torch.get_num_threads()):
         expert_TK[odd_T] = (score_TE[odd_T] - price_E).topk(top_k, dim=-1).indices

@@ -54,6 +54,13 @@ def test_only_fp32_on_a_cpu_is_compiled_and_the_rest_is_torchs() -> None:
         assert torch.equal(best_experts(score_TE, price_E, 3), (score_TE - price_E).topk(3, dim=-1).indices)
 
 
+def test_a_default_device_elsewhere_changes_nothing() -> None:
+    score_TE, price_E = torch.randn(5, 20), torch.randn(20)
+    want_TK = (score_TE - price_E).topk(3, dim=-1).indices
+    with torch.device("meta"):
+        assert torch.equal(best_experts(score_TE, price_E, 3), want_TK)
+
+
 def test_traces_and_transformations_have_no_memory_and_are_torchs() -> None:
     score_TE, price_E = torch.randn(5, 20), torch.randn(20)
     want_TK = (score_TE - price_E).topk(3, dim=-1).indices

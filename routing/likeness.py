@@ -1,4 +1,4 @@
-"""Gate: the likeness of every token to every expert, of narrow tensors without keeping wide copies of them."""
+"""Likeness: of every token to every expert. Of narrow tensors no wide copies are kept."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch.autograd.function import once_differentiable
 _WIDE_AT_A_TIME = 2**20  # numbers; what a CPU's cache holds
 
 
-def gate(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
+def likeness(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
     """-> x W^T, computed and given in dtype"""
-    if x_TD.dtype == dtype:
-        return F.linear(x_TD, weight_ED.to(dtype))
-    logit_TE: Tensor = _Gate.apply(x_TD, weight_ED, dtype)  # type: ignore[no-untyped-call]
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func, which wants its own steps
+    if x_TD.dtype == dtype or transformed:
+        return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
+    logit_TE: Tensor = _Likeness.apply(x_TD, weight_ED, dtype)  # type: ignore[no-untyped-call]
     return logit_TE
 
 
@@ -27,7 +28,7 @@ def outside_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-class _Gate(torch.autograd.Function):
+class _Likeness(torch.autograd.Function):
     """forward:   l = x W^T
     backward:  dx = dl W,   dW = dl^T x
 

@@ -1,4 +1,4 @@
-"""The gate: what fp32 copies of everything would give, and none of them is kept."""
+"""Likeness: what fp32 copies of everything would give, and none of them is kept."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from routing import Router, Sigmoid
-from routing import gate as gates
-from routing.gate import gate
+from routing import likeness as module
+from routing.likeness import likeness
 from tests.routing.batches import LAW
 
 pytestmark = pytest.mark.fast
@@ -41,8 +41,8 @@ def test_it_is_the_product_of_wide_copies(
     x_TD = torch.randn(tokens, 40).to(dtype).requires_grad_(learns[0])
     weight_ED = torch.randn(7, 40).to(weight).requires_grad_(learns[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gates, "_WIDE_AT_A_TIME", 64 * 40)
-        got = learned(gate(x_TD, weight_ED, torch.float32), x_TD, weight_ED)
+        patch.setattr(module, "_WIDE_AT_A_TIME", 64 * 40)
+        got = learned(likeness(x_TD, weight_ED, torch.float32), x_TD, weight_ED)
     want = learned(x_TD.double() @ weight_ED.double().t(), x_TD, weight_ED)
     want[0] = want[0].float()
     for one, other in zip(got, want, strict=True):
@@ -61,8 +61,26 @@ def test_a_router_keeps_no_copy_of_its_tokens(dtype: torch.dtype) -> None:
     assert large == {x_TD.untyped_storage().data_ptr()}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torch_func_takes_its_own_steps(dtype: torch.dtype) -> None:
+    """Of a narrow router, with a loss that tells all experts apart."""
+    router, x_TD = Router(16, 4, 2, score=Sigmoid(), dtype=dtype), torch.randn(9, 16, dtype=dtype)
+
+    def loss(x_TD: Tensor) -> Tensor:
+        score_TE: Tensor = router(x_TD).score_TE
+        return (score_TE * torch.arange(4)).sum()
+
+    want = torch.autograd.grad(loss(x_TD.requires_grad_()), x_TD)[0]
+    x_TD = x_TD.detach()
+    torch.testing.assert_close(torch.func.grad(loss)(x_TD), want, rtol=1e-2, atol=1e-3)
+    each = torch.vmap(lambda x_TD: router(x_TD).logit_TE)(x_TD[:, None])
+    torch.testing.assert_close(each[:, 0], router(x_TD).logit_TE, rtol=1e-5, atol=1e-5)
+
+
 def test_a_gradient_of_a_gradient_is_refused() -> None:
     x_TD = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
-    (dx_TD,) = torch.autograd.grad(gate(x_TD, torch.randn(2, 8), torch.float32).square().sum(), x_TD, create_graph=True)
+    (dx_TD,) = torch.autograd.grad(
+        likeness(x_TD, torch.randn(2, 8), torch.float32).square().sum(), x_TD, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx_TD.sum().backward()
