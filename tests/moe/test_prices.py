@@ -88,7 +88,7 @@ def test_a_skipped_step_settles_nothing_and_its_statistics_count_in_the_next(fus
 @pytest.mark.parametrize("bad", [0.0, float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_overflow_anywhere_is_one_in_the_first_gradient_and_no_host_waits(bad: float, dtype: torch.dtype) -> None:
-    """Gradients may lie in memory in any order; a rank may have none of some, or none of any."""
+    """Gradients may lie in memory in any order, and be none of some."""
     weights = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((0, 3), (2, 3), (), (5,), (4,))]
     for weight in weights[:4]:
         weight.grad = torch.full_like(weight, 6e4)  # its square is not finite in 16 bits
@@ -97,12 +97,31 @@ def test_an_overflow_anywhere_is_one_in_the_first_gradient_and_no_host_waits(bad
     before = [None if weight.grad is None else weight.grad.clone() for weight in weights]
     with CountSyncs() as counter:
         share_overflow(torch.optim.SGD(weights))
-        share_overflow(torch.optim.SGD(weights[4:]))
     assert counter.syncs == []
     assert weights[1].grad.isfinite().all() == (bad == 0.0)  # type: ignore[union-attr]
     before[1][0, 0] = weights[1].grad[0, 0]  # type: ignore[index]
     for weight, was in zip(weights, before):
         torch.testing.assert_close(weight.grad, was, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("bad", [0.0, float("inf")])
+def test_an_overflow_of_a_sparse_gradient_is_one_too(bad: float) -> None:
+    """Its line that comes twice overflows in the sum alone."""
+    table = torch.zeros(4, 2, dtype=torch.float16, requires_grad=True)
+    lines = torch.full((2, 2), 6e4 if bad else 1.0, dtype=torch.float16)
+    table.grad = torch.sparse_coo_tensor(torch.tensor([[3, 3]]), lines, (4, 2), check_invariants=True)
+    share_overflow(torch.optim.SGD([table]))
+    assert table.grad.to_dense()[3].isfinite().all() == (not bad)
+
+
+@pytest.mark.fast
+def test_who_has_no_gradient_to_tell_of_an_overflow_is_an_error() -> None:
+    """torch's own scaler finds nothing in it and steps."""
+    empty, without = torch.zeros(0, 3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    empty.grad = torch.zeros(0, 3)
+    with pytest.raises(ValueError, match="no weight of this optimiser has a gradient here"):
+        share_overflow(torch.optim.SGD([empty, without]))
 
 
 @pytest.mark.fast
