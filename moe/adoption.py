@@ -4,8 +4,8 @@ A view has all that the coordinator before knew and a member can have acted upon
 sent, and what it has said since. So the newest view of all members, and what they said, are where the old one stood as
 far as anybody saw, and the new one goes on as if it had been the old one, stopped for a while: a change under way is
 finished, votes and all, a request is carried out, who was dead stays dead. Who does not come back within a lease of
-time is silent as anybody is, and given up. A change whose members are all here, and were still meeting, is begun again
-under another number, as the place where they met went with the old coordinator.
+time is silent as anybody is, and given up. A change whose members were still meeting is begun again under another
+number, as the place where they met went with the old coordinator.
 
 What the old one knew and no member was sent is lost: a request or a death of its last moment, and requests that were
 done under names older than the last `Operations.KEPT`.
@@ -83,15 +83,16 @@ class Adoption:
         coordinator._moved()  # members may have nothing more to say
 
     def _course(self, view: View, epoch: Epoch) -> Course | None:
-        """None where all came back and some were still meeting, at a place that is no more. Who did not may be dead;
-        what the others have of the change may then be all there is, so it stays until they have reported."""
+        """None where some were still meeting, at a place that is no more. But where somebody has met, and somebody else
+        did not come back, who may be dead, what the first has of the change may be all there is: it stays until all
+        have reported."""
         if view["change"] is None:
             return None
         course = Course(Change.read(view["change"]))
         number = course.change.new.number
         course.go, course.flipped = view["go"], number == epoch.number
-        for member, of, phase in self._reached:
-            if of == number:
-                course.hear(member, phase)
+        met = [(member, phase) for member, of, phase in self._reached if of == number]
+        for member, phase in met:
+            course.hear(member, phase)
         unheard = set(course.change.union) - self._view_of.keys()
-        return course if course.go or course.phase > Phase.PREPARE or unheard else None
+        return course if course.go or course.phase > Phase.PREPARE or (unheard and met) else None

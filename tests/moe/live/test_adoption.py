@@ -56,6 +56,25 @@ def test_a_newcomer_is_asked_by_the_next_coordinator_what_it_has_and_saves_the_s
     assert status(after)["members"] == [2]
 
 
+def test_a_change_that_nobody_heard_had_met_for_is_begun_again_though_a_member_is_late() -> None:
+    """Nobody has anything of it, and the place where they were to meet is no more."""
+    before = founded(2)
+    before.hello(0.0, plan=None)
+    before.scale(0.0, "a", 3)
+    after = adopted(before, {2: [], 3: []})
+    assert after.course is not None
+    assert after.course.change.new.number == 3
+    after.beat(0.5, 1)
+    after.tick(0.6)
+    for phase in (Phase.PREPARE, Phase.COPY, Phase.READY):
+        for member in (1, 2, 3):
+            after.reached(0.7, member, 3, phase)
+    after.failed(0.8, 2, 2, "the meeting place of the old change is gone")
+    assert status(after)["phase"] != "SERVE"
+    assert after.operations.last is not None
+    assert after.operations.last.state == "running"
+
+
 def test_who_does_not_report_to_the_next_coordinator_either_is_dead() -> None:
     """It beats, but its steps hang. It has the same time as ever, from when it was asked again."""
     before = founded(3)
