@@ -153,8 +153,8 @@ def show(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> 
 
 def versions() -> dict[str, str]:
     """Of what a result may depend on; the commit of the working tree, with a + where it differs from it."""
-    found = {}
-    for name in ("torch", "numpy", "transformers", "megatron-core"):
+    found = {"torch": str(torch.__version__)}  # with its build, which a package from PyPI does not tell
+    for name in ("numpy", "transformers", "megatron-core"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     described = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
