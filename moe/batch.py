@@ -52,8 +52,10 @@ def problem_of(x: Tensor, valid: Tensor | None, ratio: Tensor | None, dim: int, 
 def manner(weights: Iterable[Tensor], router: nn.Module, dtype: torch.dtype) -> int:
     """How a rank takes part in a step, in one number for `raise_if_unlike`. weights: the experts'. dtype: in which they
     compute."""
+    if not torch.is_grad_enabled():
+        return _TYPES.index(dtype) << _TYPE if dtype in _TYPES else 0
     bits = [weight.requires_grad for weight in weights]
-    learning = sum(learns << bit for bit, learns in enumerate(bits)) if torch.is_grad_enabled() else 0
+    learning = sum(learns << bit for bit, learns in enumerate(bits))
     part = 2 if any(weight.requires_grad for weight in router.parameters()) else int(any(bits))
     return learning + (part << _PART) + (_TYPES.index(dtype) << _TYPE if dtype in _TYPES else 0)
 
@@ -79,12 +81,17 @@ def header(
 
 def raise_alike(flag_RF: NDArray[np.int64], problem: str | Exception | None, rank: int) -> None:
     """flag_RF: bad tokens, choices not made and ratios that are none, by rank. problem: why this rank made none; an
-    exception that is no ValueError is raised here as it is, while the others get one."""
-    if (refused := np.flatnonzero(flag_RF[:, 1])).size:
-        if isinstance(problem, Exception) and not isinstance(problem, ValueError):
-            raise problem
-        ranks = ", ".join(map(str, refused.tolist()))
-        raise ValueError(f"bad input on rank {ranks}: {problem or f'all ranks stop with it (this is rank {rank})'}")
+    exception that is no ValueError is raised here as it is, while the others get one. Whoever calls drops it, too: in a
+    frame that its traceback holds, it would keep the batch in memory after somebody caught it."""
+    try:
+        if (refused := np.flatnonzero(flag_RF[:, 1])).size:
+            if isinstance(problem, Exception) and not isinstance(problem, ValueError):
+                raise problem
+            ranks = ", ".join(map(str, refused.tolist()))
+            said = f"bad input on rank {ranks}: {problem or f'all ranks stop with it (this is rank {rank})'}"
+            raise ValueError(said) from (problem if isinstance(problem, Exception) else None)
+    finally:
+        del problem
     if (bad := np.flatnonzero(flag_RF[:, 0])).size:
         raise ValueError(
             f"NaN or Inf in the router's logits or prices: {flag_RF[bad, 0].tolist()} tokens on ranks {bad.tolist()}; "

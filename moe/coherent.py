@@ -180,7 +180,10 @@ def _agreed(layer: MoE, x_TD: Tensor, rank_T: IntArray, norm: Callable[[Tensor],
         choice, problem = None, error
     flags_F = header(choice, None, False, price_E)[layer.config.num_experts :]
     table = gather_counts(torch.cat([told_TK.reshape(-1), flags_F]), peers)
-    raise_alike(table[:, told_TK.numel() :], problem, peers.rank)
+    try:
+        raise_alike(table[:, told_TK.numel() :], problem, peers.rank)
+    finally:
+        del problem
     assert choice is not None
     expert_TK: IntArray = table[:, : told_TK.numel()].sum(axis=0).reshape(told_TK.shape)
     if len(expert_TK) and expert_TK.min() < 0:

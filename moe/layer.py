@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from moe.batch import Batch, header, manner, problem_of, raise_alike, raise_if_unlike
 from moe.broadcast import keep_from_broadcast
 from moe.census import Pool
-from moe.comm import Group, Lending, Peers, gather_counts, tie, visitors
+from moe.comm import Group, Lending, Peers, gather_counts, tie, unseen, visitors
 from moe.config import MoEConfig
 from moe.dispatch import Dispatch, upload
 from moe.experts import Experts, Shared, compute_dtype
@@ -199,11 +198,14 @@ class MoE(nn.Module):
                 choice = self._route(batch)
             except Exception as error:  # of a selector, say; this rank stops with it once all have been told
                 problem = error
-        with _disable_current_modes():  # selective checkpointing must not save what a replay will not run again
+        with unseen():  # a replay will not run it again
             told = manner(self.experts.parameters(), self.router, compute_dtype(x))
             table = gather_counts(header(choice, ratio, x.requires_grad, self.router.price_E, told), self.peers)
             grad_wanted = bool(table[:, -1].any())
-            raise_alike(table[:, self.config.num_experts :], problem, self.peers.rank)
+            try:
+                raise_alike(table[:, self.config.num_experts :], problem, self.peers.rank)
+            finally:
+                del problem
             assert choice is not None
             assignment = self.config.assigner(table[:, : self.config.num_experts].copy(), self.placement)
             loans = assignment.loans(self.placement)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import traceback
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +74,44 @@ def _unlike(what: str) -> str:
 
 def test_weights_may_be_frozen_on_some_ranks_alone_where_nobody_waits_for_them(world: Worlds) -> None:
     assert world(2).run(_frozen_alone) == [[True, True, True], [True, False, False]]
+
+
+def test_without_gradients_any_rank_may_have_anything_frozen(world: Worlds) -> None:
+    world(2).run(_frozen_without_gradients)
+
+
+@torch.no_grad()
+def _frozen_without_gradients() -> None:
+    layers = [layer_of(), layer_of(placement=COPIES, assigner=NearestCopy())]
+    for layer in layers:
+        layer.requires_grad_(dist.get_rank() == 1)
+        layer(my_tokens())
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, ValueError])
+def test_an_error_that_was_caught_keeps_nothing_in_memory_and_says_where_it_was_made(kind: type[Exception]) -> None:
+    """Whoever catches a lack of memory tries again with less. Cycles would stay until they are collected."""
+
+    def fails(*given: object) -> None:
+        raise kind("it broke")
+
+    layer, x = MoE(MoEConfig(dim=8, hidden=8, num_experts=4, top_k=2)), torch.randn(3, 8)
+    layer.router.select = fails  # type: ignore[assignment]
+    batch, text = x * 1, ""
+    left = weakref.ref(batch)
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            layer(batch)
+        except kind:
+            text = traceback.format_exc()
+        del batch
+        assert left() is None
+    finally:
+        gc.enable()
+    assert "in fails" in text
 
 
 def _frozen_alone() -> list[bool]:
