@@ -58,16 +58,19 @@ def main() -> None:
                 print(f"step {step}: loss {mean.item() / ranks:.4f}")
     assert recorder.trace().load_WLE.shape == (5, 2, 8)  # for `moe-place plan`
 
-    folder = [tempfile.mkdtemp()]
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        if group:
+            dist.broadcast_object_list(folder)
+        save_pretrained(model, folder[0])
+        tally = Tally()
+        again = load_pretrained(folder[0], group, tally=tally)  # this rank's experts alone
+        whole = AutoModelForCausalLM.from_pretrained(folder[0])  # transformers reads it as its own
+        assert torch.allclose(again(mine).logits, whole(mine).logits, atol=1e-4)
+        if group:
+            print(f"rank {rank} read {tally.read / tally.held:.0%} of the checkpoint")
+            dist.barrier()  # before the folder goes, all have read it
     if group:
-        dist.broadcast_object_list(folder)
-    save_pretrained(model, folder[0])
-    tally = Tally()
-    again = load_pretrained(folder[0], group, tally=tally)  # this rank's experts alone
-    whole = AutoModelForCausalLM.from_pretrained(folder[0])  # transformers reads it as its own
-    assert torch.allclose(again(mine).logits, whole(mine).logits, atol=1e-4)
-    if group:
-        print(f"rank {rank} read {tally.read / tally.held:.0%} of the checkpoint")
         dist.destroy_process_group()
 
 

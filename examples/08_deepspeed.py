@@ -65,13 +65,15 @@ def main() -> None:
         if rank == 0:
             print(f"step {step}: loss {mean.item():.4f}, norm {float(engine.get_global_grad_norm()):.4f}")
 
-    folder = [tempfile.mkdtemp()]
-    deepspeed.comm.broadcast_object_list(folder, src=0)
-    engine.save_checkpoint(folder[0])
-    price_E = model.moe.router.price_E.clone()
-    model.moe.router.price_E.zero_()
-    engine.load_checkpoint(folder[0])
-    assert torch.equal(model.moe.router.price_E, price_E)
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        deepspeed.comm.broadcast_object_list(folder, src=0)
+        engine.save_checkpoint(folder[0])
+        price_E = model.moe.router.price_E.clone()
+        model.moe.router.price_E.zero_()
+        engine.load_checkpoint(folder[0])
+        assert torch.equal(model.moe.router.price_E, price_E)
+        deepspeed.comm.barrier()  # before the folder goes, all have read it
     deepspeed.comm.destroy_process_group()
 
 

@@ -64,12 +64,14 @@ def main() -> None:
         if rank == 0:
             print(f"step {step}: loss {mean.item():.4f}, norm {norm.item():.4f}")
     if ranks > 1:
-        folder = [tempfile.mkdtemp()]
-        dist.broadcast_object_list(folder)
-        save(model.state_dict(), checkpoint_id=folder[0])
         wider = build(ranks, ep=4)  # every rank has two experts to itself
-        state = wider.state_dict()
-        load(state, checkpoint_id=folder[0])
+        with tempfile.TemporaryDirectory() as own:
+            folder = [own]
+            dist.broadcast_object_list(folder)
+            save(model.state_dict(), checkpoint_id=folder[0])
+            state = wider.state_dict()
+            load(state, checkpoint_id=folder[0])
+            dist.barrier()  # before the folder goes, all have read it
         wider.load_state_dict(state)
         assert torch.allclose(wider(x), model(x), atol=1e-5)
         dist.destroy_process_group()

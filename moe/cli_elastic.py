@@ -93,6 +93,7 @@ def plan(*, at: At, output: Annotated[Path, typer.Option("-o", "--output", help=
     """Where experts live, as a plan for moe-place; its ranks are the members that status lists, in their order."""
     with _errors_in_one_line():
         output.write_text(ask(at, "plan")["plan"])
+        typer.echo(f"written: {output}")
 
 
 @app.command()

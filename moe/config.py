@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 from moe.activation import Activation, SwiGLU
 from moe.compute import Compute, Fastest
@@ -58,4 +58,11 @@ class MoEConfig:
                 raise ValueError(f"{name}={value}; use at least 1")
         if self.shared_hidden < 0:
             raise ValueError(f"shared_hidden={self.shared_hidden}; use the shared expert's width, or 0 for none")
+        if not isinstance(self.top_k, int | Sparsify):
+            raise ValueError(f"top_k={self.top_k!r}; use a whole number, or Sparsify(...)")
+        for field in fields(self):
+            policy, usual = getattr(self, field.name), field.default
+            usable = hasattr(policy, "quote") if field.name == "balancer" else callable(policy)
+            if is_dataclass(usual) and (isinstance(policy, type) or not usable):
+                raise ValueError(f"{field.name}={policy!r} is no policy; use an object, such as {usual!r}")
         check_routing(self.num_experts, self.top_k, self.layer, self.select, self.balancer, self.jitter)

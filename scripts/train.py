@@ -167,7 +167,10 @@ def train(trainer: Trainer, folder: Path, *, save_every: int = 200, log_every: i
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / f"rank{peers.rank}of{peers.size}.pt"
     if others := sorted(path.name for path in folder.glob("rank*of*.pt") if f"of{peers.size}." not in path.name):
-        raise ValueError(f"{folder} has checkpoints of another number of ranks, {others}; this run has {peers.size}")
+        raise ValueError(
+            f"{folder} has checkpoints of another number of ranks, {others}; this run has {peers.size}: start as many "
+            f"ranks, or use another folder"
+        )
     if own.exists():
         trainer.load(own)
     learnt, unseen = split_by_file()

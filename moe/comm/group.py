@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -71,12 +73,22 @@ class Peers:
             return group
         if isinstance(group, Everyone):
             group = dist.group.WORLD if dist.is_initialized() else None
+        elif group is None and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            warnings.warn(
+                f"group=None in one of {os.environ['WORLD_SIZE']} processes of a launcher: each keeps all experts and "
+                f"works alone; call torch.distributed.init_process_group first, and pass a group",
+                stacklevel=3,
+            )
         if group is None:
             return cls(group=None, rank=0, size=1)
         if isinstance(group, DeviceMesh):
             if group.ndim != 1:
                 raise ValueError(f"an expert-parallel mesh has one dimension; got {group}: slice it, as in mesh['ep']")
             group = group.get_group()
+        if not isinstance(group, dist.ProcessGroup) and group is not dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                f"group={group!r}; use a process group, a one-dimensional DeviceMesh, or None for one process"
+            )
         rank = dist.get_rank(group)
         if rank < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in the group it was given; give each rank its own group")

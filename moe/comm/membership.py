@@ -27,7 +27,13 @@ class CoordinatorLostError(RuntimeError):
 def ask(address: str | os.PathLike[str], do: str, timeout: float = 10.0, **fields: Any) -> dict[str, Any]:
     """One question of an operator's, answered; raises RefusedError with the coordinator's reason."""
     host, port = located(address)
-    with socket.create_connection((host, port), timeout) as link, link.makefile("rwb") as stream:
+    try:
+        link = socket.create_connection((host, port), timeout)
+    except OSError as error:
+        raise ConnectionError(
+            f"no coordinator answers at {host}:{port} ({error}); if none runs, `moe-elastic serve` starts one"
+        ) from error
+    with link, link.makefile("rwb") as stream:
         stream.write(json.dumps({"do": do, "secret": shared_secret(), **fields}).encode() + b"\n")
         stream.flush()
         answer = json.loads(stream.readline() or b'{"refused": "the coordinator hung up"}')

@@ -29,7 +29,7 @@ from moe.coordinator import Coordinator
 from moe.live import Live
 from moe.terms import Terms
 from placement import Placement, Plan, Topology, fewest_moves
-from scripts.bench.table import show
+from scripts.bench.table import finish, parser, show
 
 CONFIG = MoEConfig(dim=256, hidden=512, num_experts=64, top_k=2)
 LAYERS, TOKENS = 2, 64
@@ -206,6 +206,7 @@ def bereaved(members: int) -> list[object]:
 
 
 def main() -> None:
+    given = parser(__doc__).parse_args()
     heads = [
         "members", "MB to move", "moved / least", "median step / control", "worst step / control's",
         "long steps %, copying / control", "peak experts / max(before, after)", "peak / (before + after)",
@@ -215,6 +216,7 @@ def main() -> None:
     show("a live model is resized", heads, rows)
     heads = ["members", "a step", "noticed", "told how to go on", "new group, experts restored", "step again", "in all"]
     show("a member is killed (ms)", heads, [bereaved(members) for members in (3, 4)])
+    finish(given)
 
 
 if __name__ == "__main__":

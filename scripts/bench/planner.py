@@ -34,7 +34,7 @@ from routing import (
 )
 from scripts.bench import llep
 from scripts.bench.measured import Measured, shared
-from scripts.bench.table import cpu_seconds, interleaved, median_ratio, rounds, show
+from scripts.bench.table import cpu_seconds, finish, interleaved, median_ratio, parser, rounds, show
 
 Table = NDArray[np.int64]
 SIZES = ((128, 8), (256, 8), (256, 32), (256, 64), (384, 64))
@@ -68,6 +68,7 @@ class InPython:
 
 
 def main() -> None:
+    given = parser(__doc__).parse_args()
     torch.set_num_threads(1)
     print(f"planners: {DECIDERS.in_use()}")
     heads = ["experts", "ranks", "assigner", "µs", "× the first", "visits", "peak/mean"]
@@ -76,6 +77,7 @@ def main() -> None:
     heads = ["experts", "ranks", "slots", "assigner", "µs", "× the first", "peak/mean", "rows that leave their node"]
     rows = [row for size in SLOTS for row in sharing(*size)]
     show(f"Rows over copies, nodes of 8 ranks, one thread, median of {ROUNDS}; Zipf {FLATTER}", heads, rows)
+    finish(given)
 
 
 def lending(num_experts: int, ranks: int) -> list[list[object]]:

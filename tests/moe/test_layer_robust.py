@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe import MoE, MoEConfig, World, average_expert_grads, leave_experts_alone
 from moe.comm import world_group
-from routing import Assigner, AtHome, LeastLoaded
+from routing import Assigner, AtHome, Bip, LeastLoaded
 from tests.world import tokens
 
 LEAST = LeastLoaded(headroom=1.0)
@@ -384,11 +384,27 @@ def test_an_observer_hears_until_it_is_removed() -> None:
         ({"dim": 0}, "dim=0; use at least 1"),
         ({"top_k": 7}, "top_k=7 of 6 experts"),
         ({"shared_hidden": -1}, "shared_hidden=-1"),
+        ({"top_k": 2.0}, "top_k=2.0; use a whole number"),
+        ({"assigner": LeastLoaded}, r"LeastLoaded'> is no policy; use an object, such as AtHome\(\)"),
+        ({"balancer": Bip}, r"Bip'> is no policy; use an object, such as Unpriced\(\)"),
+        ({"balancer": "bip"}, "balancer='bip' is no policy"),
+        ({"activation": "silu"}, "activation='silu' is no policy"),
     ],
 )
-def test_a_bad_config_is_refused_at_once(change: dict[str, int], message: str) -> None:
+def test_a_bad_config_is_refused_at_once(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MoEConfig(**({"dim": 6, "hidden": 8, "num_experts": 6, "top_k": 2} | change))  # type: ignore[arg-type]
+        MoEConfig(**({"dim": 6, "hidden": 8, "num_experts": 6, "top_k": 2} | change))
+
+
+@pytest.mark.fast
+def test_a_group_that_is_none_is_refused_or_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As dist.group.WORLD is before init_process_group."""
+    config = MoEConfig(dim=6, hidden=8, num_experts=6, top_k=2)
+    with pytest.raises(ValueError, match="group='world'; use a process group"):
+        MoE(config, "world")  # type: ignore[arg-type]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="one of 2 processes .* call torch.distributed.init_process_group first"):
+        MoE(config, dist.group.WORLD)
 
 
 @pytest.mark.fast

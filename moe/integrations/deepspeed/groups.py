@@ -47,4 +47,7 @@ def is_deepspeeds(peers: Peers) -> bool:
 def _join() -> None:
     if not comm.is_initialized():
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
-        deepspeed.init_distributed()
+        try:
+            deepspeed.init_distributed()
+        except ModuleNotFoundError as error:  # without RANK it looks for MPI
+            raise RuntimeError(f"RANK is not set ({error}): start this with torchrun, or with deepspeed") from error

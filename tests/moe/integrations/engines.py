@@ -39,7 +39,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            return F.mse_loss(self.run(x).float(), target)
+            return F.mse_loss(self.run(x).float(), target.float())
 
     def run(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x))
