@@ -119,7 +119,8 @@ def raise_if_unlike(manner_R: NDArray[np.int64], *, moving: bool, grad_wanted: b
     if not grad_wanted and (odd := _unlike(manner_R >> _PART)).size:
         raise ValueError(
             f"the router, or every weight, is frozen on ranks {odd.tolist()} and not on rank 0, or the other way "
-            f"round: backward would wait for ranks that have none; freeze the same ones on every rank"
+            f"round: backward would wait for ranks that have none; freeze the same ones on every rank, and use "
+            f"torch.no_grad on all or on none"
         )
 
 
