@@ -37,7 +37,12 @@ def open_values(path: Path) -> Any:
             raise ValueError(f"{path}: not an .npy file, or a damaged one: {error}") from None
     if path.suffix in {".pt", ".pth"}:
         return _torch_values(content, path)
-    return json_values(content, str(path))
+    try:
+        return json_values(content, str(path))
+    except ValueError as error:
+        if path.suffix == ".json":
+            raise
+        raise ValueError(f"{error}; files are read as .npz, .npy, .csv, .json, .jsonl and .pt") from None
 
 
 def json_values(content: str | bytes, where: str) -> Any:

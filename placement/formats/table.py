@@ -31,7 +31,10 @@ def read_npz(values: dict[str, Any], path: Path) -> LoadTrace:
     tasks = sorted(name for name in values if name == "ids" or name.endswith("_ids"))
     if not tasks:
         found = ", ".join(sorted(values)[:4]) + (", ..." if len(values) > 4 else "")
-        raise ValueError(f"{path}: found the fields {found}; expected one of {', '.join(LOADS)}, ids or <task>_ids")
+        plan = "this is a plan, where a trace was expected; " if {"layer_L", "layers"} <= values.keys() else ""
+        raise ValueError(
+            f"{path}: {plan}found the fields {found}; expected one of {', '.join(LOADS)}, ids or <task>_ids"
+        )
     choices = {task: whole(values[task], task, path, (2, 3)) for task in tasks}
     most = max(int(ids.max()) for ids in choices.values()) + 1
     experts = integer(values.get("num_experts", most), "num_experts", path, MOST_EXPERTS)
