@@ -66,8 +66,7 @@ def main() -> None:
             print(f"step {step}: loss {mean.item():.4f}, norm {float(engine.get_global_grad_norm()):.4f}")
 
     with tempfile.TemporaryDirectory() as own:
-        folder = [own]
-        deepspeed.comm.broadcast_object_list(folder, src=0)
+        deepspeed.comm.broadcast_object_list(folder := [own], src=0)
         engine.save_checkpoint(folder[0])
         price_E = model.moe.router.price_E.clone()
         model.moe.router.price_E.zero_()

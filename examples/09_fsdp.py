@@ -66,8 +66,7 @@ def main() -> None:
     if ranks > 1:
         wider = build(ranks, ep=4)  # every rank has two experts to itself
         with tempfile.TemporaryDirectory() as own:
-            folder = [own]
-            dist.broadcast_object_list(folder)
+            dist.broadcast_object_list(folder := [own])
             save(model.state_dict(), checkpoint_id=folder[0])
             state = wider.state_dict()
             load(state, checkpoint_id=folder[0])
