@@ -17,7 +17,7 @@ _SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 
 def unseen() -> AbstractContextManager[object]:
-    """Inside, no mode sees anything if a selective checkpoint is among them; counters alone see all."""
+    """Where a selective checkpoint watches, no mode sees what is done inside; elsewhere all modes see it."""
     if torch._C._len_torch_dispatch_stack() and any(
         isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack()
     ):

@@ -42,7 +42,7 @@ def open_values(path: Path) -> Any:
     except ValueError as error:
         if path.suffix == ".json":
             raise
-        raise ValueError(f"{error}; files are read as .npz, .npy, .csv, .json, .jsonl and .pt") from None
+        raise ValueError(f"{error}; a file that is no .npz, .npy, .csv, .jsonl or .pt is read as JSON") from None
 
 
 def json_values(content: str | bytes, where: str) -> Any:

@@ -226,3 +226,4 @@ def test_prices_never_make_the_host_wait_for_a_gpu(balancer: Balancer, padded: b
             router.settle()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert router.step == 3

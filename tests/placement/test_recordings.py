@@ -206,7 +206,7 @@ def test_somebody_elses_csv_is_refused_by_its_columns(tmp_path: Path, text: str,
         (
             "t.md",
             "# Read me",
-            "not JSON: Expecting value: line 1 column 1 (char 0); files are read as .npz, .npy, .csv",
+            "not JSON: Expecting value: line 1 column 1 (char 0); a file that is no .npz, .npy, .csv",
         ),
         ("t.json", "", "the file is empty"),
         ("t.json", "[[0, 0], [1, 1]]", "zero for every expert of layer 0"),

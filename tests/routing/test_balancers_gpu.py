@@ -41,7 +41,9 @@ def test_quote_observe_and_settle_do_not_wait(balancer: Balancer, masked: bool) 
     with nobody_waits():
         balancer.quote(score_TE, price_E, 4, valid_T=valid_T, settled=settled)
         balancer.observe(choice, price_E)
-        balancer.settle(price_E, stats, 4, settled=settled)
+        after_E = balancer.settle(price_E, stats, 4, settled=settled)
+    want_E = balancer.settle(price_E.cpu(), on_cpu, 4, settled=settled.cpu())
+    torch.testing.assert_close(after_E.cpu(), want_E, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("balancer", BALANCERS, ids=repr)

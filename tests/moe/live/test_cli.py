@@ -47,7 +47,8 @@ def test_an_operator_is_answered_or_told_why_not(tmp_path: Path) -> None:
     deadline = time.monotonic() + 20
     while len(ask(server.address, "status")["all"]) > 1:  # who left is forgotten once it hung up
         assert time.monotonic() < deadline
-    assert run(app, ["plan", "-o", str(tmp_path / "plan.json"), *at]).exit_code == 0
+    planned = run(app, ["plan", "-o", str(tmp_path / "plan.json"), *at])
+    assert (planned.exit_code, planned.stdout) == (0, f"written: {tmp_path / 'plan.json'}\n")
     placed = run(app, ["place", str(tmp_path / "plan.json"), "--op", "stay", "--json", *at])
     assert json.loads(placed.stdout)["state"] == "done"
     (tmp_path / "wide.json").write_text(even(6, 2).to_json())
@@ -56,6 +57,9 @@ def test_an_operator_is_answered_or_told_why_not(tmp_path: Path) -> None:
     member.close()
     server.stop()
     thread.join()
+    gone = run(app, ["status", *at])
+    assert gone.exit_code == 2
+    assert f"no coordinator answers at {server.address}" in gone.stderr
 
 
 def test_nobody_there_is_one_line() -> None:
